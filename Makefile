@@ -1,0 +1,31 @@
+# Each target sets up .venv by itself; nothing but Python 3.11 or newer and make need be there.
+PYTHON ?= python3
+BIN := .venv/bin
+WORKERS ?= 2
+
+.PHONY: run test test-slow lint clean
+
+# The main job: general text against the model's own hard, medium-long traces, on the model that ships.
+run: .venv/installed
+	$(BIN)/python run.py -m calib=corpus,ssgr pruner=sparsegpt
+
+test: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+
+test-slow: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Torch first, by its exact version: constraints.txt pins the build without CUDA for this Makefile and CI.
+.venv/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv *.egg-info outputs/runs outputs/sweeps outputs/store

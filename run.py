@@ -1,0 +1,140 @@
+"""Run one cell, or a sweep with -m: compose the config, build the experiment, run it, print the table."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from ssgr import pipeline
+from ssgr.records import RunResult
+from ssgr.report import table
+from ssgr.select import Policy
+from ssgr.store import Store
+
+CONF = Path(__file__).parent / "conf"
+_log = logging.getLogger("ssgr")
+_done: list[table.Cell] = []
+_failed: list[str] = []
+
+
+def build(cfg: DictConfig) -> pipeline.Experiment:
+    """The experiment that `cfg` describes.
+
+    Raises:
+        ValueError: a setting has no valid value; the message names it.
+    """
+
+    def make(node: str) -> Any:
+        return hydra.utils.instantiate(OmegaConf.select(cfg, node), _convert_="all")
+
+    try:
+        return pipeline.Experiment(
+            model=make("model"),
+            problems=make("problems"),
+            sampler=make("sampler.engine"),
+            decoding=make("sampler.decoding"),
+            grader=make("grader"),
+            calib=make("calib"),
+            policy=Policy(make("difficulty"), make("length"), cfg.select.balance),
+            scope=make("scope"),
+            budget=make("budget"),
+            pruner=make("pruner"),
+            sparsity=make("sparsity"),
+            bench=make("bench"),
+        )
+    except InstantiationException as error:
+        cause = error.__cause__
+        raise ValueError(str(cause) if cause else str(error)) from error
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or 'the config'}: {error.msg or error}") from error
+
+
+def run_cell(cfg: DictConfig) -> RunResult:
+    """Run one cell and write its result.json into the folder that Hydra made for it."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    store = Store(Path(cfg.store.path))
+    experiment = build(cfg)
+    result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+    pipeline.write(result, store, folder)
+    hits, misses = sum(store.hits.values()), sum(store.misses.values())
+    _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
+    _done.append(table.read(folder / "result.json"))
+    return result
+
+
+def label() -> str:
+    """The overrides of this cell, or `defaults`."""
+    return HydraConfig.get().job.override_dirname or "defaults"
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> float | None:
+    """One cell. A cell of a sweep that fails is named at the end; the others go on."""
+    try:
+        return run_cell(cfg).scores["pruned"].accuracy
+    except ValueError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        _failed.append(f"{label()}: {error}")
+        _log.error("%s", error)
+        return None
+
+
+def hint(overrides: list[str]) -> str:
+    """For each override whose key is in no config: where it was looked for, and what there is."""
+    out = []
+    for key in (o.split("=")[0].lstrip("+~") for o in overrides if "=" in o and not o.startswith("hydra")):
+        group, _, rest = key.partition(".")
+        files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
+        names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}
+        if not rest:
+            names |= {path.name for path in CONF.iterdir() if path.is_dir()}
+        elif not files:
+            names = set(OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), group) or ())
+        wanted = rest.split(".")[0] if rest else group.split("@")[0]
+        if names and wanted not in names:
+            place = f"config group {group}" if files and rest else group if rest else "the top level"
+            near = difflib.get_close_matches(wanted, names, 1)
+            meant = f"; did you mean {near[0]}?" if near else ""
+            out.append(f"{key}: {place} has no {wanted}{meant} Valid are {', '.join(sorted(names))}.")
+    return "\n".join(out)
+
+
+def _finish() -> None:
+    if _done:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(table.rich_table(table.rows(_done)))
+        if len({cell.fields["draw"] for cell in _done}) > 1:
+            console.print(table.rich_table(table.means(_done), "means over draws"))
+    if _failed and (_done or len(_failed) > 1):
+        print(f"{len(_failed)} of {len(_failed) + len(_done)} cells failed:", *_failed, sep="\n  ", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    import transformers
+
+    warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        main()
+    except SystemExit as stop:  # Hydra could not compose the config, and said so
+        if stop.code == 1 and not _done and not _failed:
+            print(hint(sys.argv[1:]), file=sys.stderr)
+        raise
+    _finish()
+    sys.exit(1 if _failed else 0)

@@ -1,0 +1,64 @@
+"""Calibration sources: which rows of token ids may calibrate the pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.records import Graded, Problem
+from ssgr.select import Candidates, Policy
+
+Needs = Literal["nothing", "problems", "traces"]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What a source may draw from; what it does not need is empty."""
+
+    tokenizer: PreTrainedTokenizerBase
+    prompt_ids: Callable[[str], tuple[int, ...]]
+    problems: Sequence[Problem]
+    graded: Sequence[Graded]
+    tokens: int  # how many tokens are wanted, for sources that have no end
+    row_tokens: int  # the longest row the budget takes
+    end_think: str  # the tag that closes the thinking
+
+
+class Source(Protocol):
+    """A calibration source."""
+
+    @property
+    def name(self) -> str:
+        """The choice in the config group."""
+        ...
+
+    @property
+    def draw(self) -> int:
+        """Seed of the draw without replacement."""
+        ...
+
+    @property
+    def needs(self) -> Needs:
+        """What must be read or sampled before."""
+        ...
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """Which of difficulty, length and scope the source can apply."""
+        ...
+
+    @property
+    def matches(self) -> bool:
+        """Whether the draw takes the size of another selection instead of the budget (see `reference`)."""
+        ...
+
+    def candidates(self, material: Material, policy: Policy) -> Candidates:
+        """The rows that may be drawn."""
+        ...
+
+    def reference(self, material: Material, policy: Policy) -> Candidates:
+        """The selection whose size a matching source takes."""
+        ...

@@ -1,0 +1,199 @@
+"""Sources that need no traces: text, problem prompts, reference solutions, random tokens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssgr import prose
+from ssgr.calib import Material, Needs
+from ssgr.records import Row
+from ssgr.select import Candidates, Policy
+
+_PROSE = "prose"  # the value of calib.text that means generated prose
+_POOL = 4  # text is tokenised until it holds this many times the budget, so that draws differ
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """What sources without difficulty and length share."""
+
+    name: str
+    draw: int
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """No filter applies."""
+        return frozenset()
+
+    @property
+    def matches(self) -> bool:
+        """Never."""
+        return False
+
+    def reference(self, material: Material, policy: Policy) -> Candidates:
+        """Not for these sources."""
+        raise AssertionError(f"{self.name} matches nothing")
+
+
+@dataclass(frozen=True)
+class Corpus(_Plain):
+    """General text in windows of `window` tokens: generated prose, a text or JSONL file, or a dataset id."""
+
+    text: str
+    window: int
+    column: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing."""
+        return "nothing"
+
+    def key_content(self) -> object:
+        """A file is keyed by what it holds, a dataset by its name and revision."""
+        path = Path(self.text).expanduser()
+        text = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else self.text
+        rest = (self.name, self.draw, self.window, self.column, self.subset, self.split, self.revision)
+        return {"text": text, "rest": rest}
+
+    def candidates(self, material: Material, policy: Policy) -> Candidates:
+        """Non-overlapping windows of the tokenised documents, joined by the end-of-text token."""
+        window = min(self.window, material.row_tokens)
+        tokenizer = material.tokenizer
+        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        ids: list[int] = []
+        rows: list[Row] = []
+        documents = 0
+        for text in self._documents(material.tokens):
+            documents += 1
+            ids += start + list(tokenizer(text, add_special_tokens=False)["input_ids"]) + stop
+            while len(ids) >= window:
+                rows.append(Row(tuple(ids[:window]), 0, f"{self.name}/{len(rows)}"))
+                del ids[:window]
+            if len(rows) * window >= _POOL * material.tokens:
+                break
+        return Candidates(tuple(rows), (("documents", documents), (f"windows of {window}", len(rows))), windowed=True)
+
+    def _documents(self, tokens: int) -> Iterable[str]:
+        if self.text == _PROSE:
+            rng = random.Random(f"prose/{self.draw}")
+            while True:
+                yield prose.paragraph(rng)
+        path = Path(self.text).expanduser()
+        if path.is_file():
+            yield from _file_documents(path, self.column)
+            return
+        yield from self._dataset()
+
+    def _dataset(self) -> Iterable[str]:
+        import datasets
+
+        try:
+            data = datasets.load_dataset(
+                self.text, self.subset, split=self.split, revision=self.revision, streaming=True
+            )
+            for row in data.shuffle(seed=self.draw, buffer_size=1000):
+                yield str(row[self.column])
+        except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
+            raise ValueError(
+                f"calib.text={self.text} is neither a file nor a dataset that can be loaded "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); type calib.text=FILE.txt, FILE.jsonl or prose"
+            ) from error
+
+
+def _file_documents(path: Path, column: str) -> Iterable[str]:
+    if path.suffix != ".jsonl":
+        yield from (part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip())
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            row = json.loads(line) if line.strip() else {column: ""}
+            if column not in row:
+                raise ValueError(f"{path.name}, row {number}: no column {column!r}; it has {', '.join(row)}")
+            if row[column]:
+                yield str(row[column])
+
+
+@dataclass(frozen=True)
+class Prompts(_Plain):
+    """Problem prompts alone, through the chat template."""
+
+    @property
+    def needs(self) -> Needs:
+        """Problems."""
+        return "problems"
+
+    def candidates(self, material: Material, policy: Policy) -> Candidates:
+        """One row a problem."""
+        rows = []
+        for problem in material.problems:
+            ids = material.prompt_ids(problem.question)
+            rows.append(Row(ids, len(ids), problem.id, problem.level))
+        return Candidates(tuple(rows), (("problems", len(rows)),))
+
+
+@dataclass(frozen=True)
+class Written(_Plain):
+    """Reference solutions, as somebody else wrote them, after the prompt and inside the thinking tags."""
+
+    @property
+    def needs(self) -> Needs:
+        """Problems."""
+        return "problems"
+
+    @property
+    def uses(self) -> frozenset[str]:
+        """The scope applies: there is a prompt and a response."""
+        return frozenset(("scope",))
+
+    def candidates(self, material: Material, policy: Policy) -> Candidates:
+        """One row a problem that has a solution.
+
+        Raises:
+            ValueError: no problem has one.
+        """
+        tokenizer = material.tokenizer
+        stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        rows = []
+        for problem in material.problems:
+            if problem.solution:
+                prompt = material.prompt_ids(problem.question)
+                text = f"{problem.solution}\n{material.end_think}\n{problem.answer}"
+                response = [*tokenizer(text, add_special_tokens=False)["input_ids"], *stop]
+                rows.append(Row(prompt + tuple(response), len(prompt), problem.id, problem.level))
+        if not rows:
+            raise ValueError(
+                "calib=written: none of the problems has a reference solution; name its column with "
+                "problems.columns.solution=COLUMN, or choose calib=self"
+            )
+        return Candidates(tuple(rows), (("problems", len(material.problems)), ("with a solution", len(rows))))
+
+
+@dataclass(frozen=True)
+class RandomTokens(_Plain):
+    """Uniformly random token ids: what is left of calibration when the text means nothing."""
+
+    window: int
+
+    @property
+    def needs(self) -> Needs:
+        """Nothing."""
+        return "nothing"
+
+    def candidates(self, material: Material, policy: Policy) -> Candidates:
+        """As many windows as the budget needs, twice over."""
+        rng = random.Random(f"tokens/{self.draw}")
+        window = min(self.window, material.row_tokens)
+        special = set(material.tokenizer.all_special_ids)
+        valid = [i for i in range(len(material.tokenizer)) if i not in special]
+        count = 2 * material.tokens // window + 2
+        rows = tuple(Row(tuple(rng.choices(valid, k=window)), 0, f"{self.name}/{i}") for i in range(count))
+        return Candidates(rows, ((f"windows of {window}", count),), windowed=True)

@@ -1,0 +1,179 @@
+"""Train the tiny reasoning model: python -m ssgr.model.tiny.train [--out DIR] [--steps N].
+
+Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings and norms; loss on responses and prose
+only, as in supervised fine-tuning. Everything random is a function of (seed, step), so a killed run that is started
+again with the same arguments continues from its last checkpoint as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from ssgr.model.tiny import corpus, tokenizer
+
+DOCUMENTS = 56  # a step: about 8,000 tokens
+MICRO_TOKENS = 2_000  # a micro-batch: rows of nearly equal length, so that little is padding and attention is short
+MUON_LR, ADAM_LR = 0.02, 3e-3
+WARMUP_STEPS, DECAY = 48, 0.5  # linear up; flat; over the last half of the run linear down to zero
+IGNORE = -100
+
+
+def model_config(tok: PreTrainedTokenizerFast) -> Qwen2Config:
+    """The architecture: that of DeepSeek-R1-Distill-Qwen at 2.5 million parameters."""
+    return Qwen2Config(
+        vocab_size=len(tok),
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=3,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+
+
+def encode(tok: PreTrainedTokenizerFast, question: str | None, response: str) -> tuple[list[int], list[int]]:
+    """Token ids and labels of one document; the question's labels are ignored."""
+    answer: list[int] = [*tok(response)["input_ids"], tok.eos_token_id]
+    if question is None:
+        return [tok.bos_token_id, *answer], [IGNORE, *answer]
+    turn = [{"role": "user", "content": question}]
+    prompt = cast(list[int], tok.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
+    return prompt + answer, [IGNORE] * len(prompt) + answer
+
+
+def batches(tok: PreTrainedTokenizerFast, seed: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Draw the documents of one step as (ids, labels) micro-batches, each (N, T), of nearly equal lengths."""
+    rng = random.Random(f"{seed}/{step}")
+    documents = [encode(tok, *corpus.document(rng)) for _ in range(DOCUMENTS)]
+    documents.sort(key=lambda document: len(document[0]))
+    out, group = [], []
+    for i, document in enumerate(documents):
+        group.append(document)
+        if i + 1 == DOCUMENTS or (len(group) + 1) * len(documents[i + 1][0]) > MICRO_TOKENS:
+            width = len(document[0])
+            ids_NT = torch.tensor([ids + [tok.pad_token_id] * (width - len(ids)) for ids, _ in group])
+            labels_NT = torch.tensor([labels + [IGNORE] * (width - len(labels)) for _, labels in group])
+            out.append((ids_NT, labels_NT))
+            group = []
+    return out
+
+
+def rate(step: int, steps: int) -> float:
+    """Learning-rate factor at `step`: warm up, stay, go down."""
+    return min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / DECAY)
+
+
+def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the rest."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.0),
+        torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` beside `path`, then rename: a kill leaves the last whole checkpoint."""
+    torch.save(state, path.with_suffix(".tmp"))
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def train(out: Path, steps: int, seed: int, every: int = 50) -> Qwen2ForCausalLM:
+    """Train for `steps` steps of about 8,000 tokens, checkpointing to `out` every `every` steps, and export the model."""
+    torch.manual_seed(seed)
+    out.mkdir(parents=True, exist_ok=True)
+    tok = tokenizer.build()
+    model = Qwen2ForCausalLM(model_config(tok))
+    opts = optimizers(model)
+    checkpoint, first = out / "train.pt", 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        flat = (1 - DECAY) * min(steps, state["steps"])  # up to here runs of any number of steps are the same
+        if state["seed"] != seed or (state["steps"] != steps and state["step"] > flat):
+            sys.exit(
+                f"{checkpoint} is of another run (seed {state['seed']}, {state['steps']} steps): choose a new --out"
+            )
+        model.load_state_dict(state["model"])
+        for opt, saved in zip(opts, state["optimizers"], strict=True):
+            opt.load_state_dict(saved)
+        first = state["step"]
+        print(f"continuing at step {first} of {steps}")
+    start, tokens = time.perf_counter(), 0
+    for step in range(first, steps):
+        for opt, base in zip(opts, (MUON_LR, ADAM_LR), strict=True):
+            for group in opt.param_groups:
+                group["lr"] = base * rate(step, steps)
+        micro = batches(tok, seed, step)
+        targets = sum(int((labels_NT != IGNORE).sum()) for _, labels_NT in micro)
+        total = 0.0
+        for ids_NT, labels_NT in micro:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                logits_NTV = model(input_ids=ids_NT[:, :-1], use_cache=False).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits_NTV.float().flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+            )
+            (loss / targets).backward()
+            total += loss.item() / targets
+            tokens += ids_NT.numel()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for opt in opts:
+            opt.step()
+            opt.zero_grad()
+        done = step + 1
+        if done % 20 == 0 or done == steps:
+            seconds = time.perf_counter() - start
+            left = seconds / (done - first) * (steps - done) / 60
+            print(
+                f"step {done}/{steps}  loss {total:.4f}  {tokens / seconds:,.0f} tokens/s  ETA {left:.0f} min",
+                flush=True,
+            )
+        if done % every == 0 or done == steps:
+            states = [opt.state_dict() for opt in opts]
+            save(checkpoint, dict(model=model.state_dict(), optimizers=states, step=done, steps=steps, seed=seed))
+    export(model, tok, out)
+    return model
+
+
+def export(model: Qwen2ForCausalLM, tok: PreTrainedTokenizerFast, out: Path) -> None:
+    """Write the bfloat16 model, tokenizer and generation defaults to `out` in Hugging Face form."""
+    torch.nn.Module.to(model, torch.bfloat16)
+    model.generation_config = GenerationConfig(
+        do_sample=True,
+        temperature=0.6,
+        top_p=0.95,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        pad_token_id=tok.pad_token_id,
+    )
+    model.save_pretrained(out)
+    tok.save_pretrained(out)
+    print(f"wrote {out}: {json.dumps({p.name: p.stat().st_size for p in sorted(out.glob('*.*'))})}")
+
+
+def main() -> None:
+    """Command line of the recipe; the defaults are those of the shipped weights."""
+    parser = argparse.ArgumentParser(description="Train the tiny reasoning model that ships with ssgr.")
+    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"), help="where checkpoint and model go")
+    parser.add_argument("--steps", type=int, default=1800, help="steps of about 8,000 tokens")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the data")
+    args = parser.parse_args()
+    train(args.out, args.steps, args.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,247 @@
+"""The whole flow on one screen: problems -> traces -> graded -> calibration -> pruned -> scores."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from ssgr import keys, tables
+from ssgr.calib import Material, Source
+from ssgr.grader import Grader
+from ssgr.model import Model
+from ssgr.problems import Problems, Split
+from ssgr.pruner import Pruner
+from ssgr.records import CalibrationSet, LayerResult, Problem, PruneResult, Row, RunResult, Score, to_json
+from ssgr.sampler import Decoding, Sampler
+from ssgr.scope import Scope
+from ssgr.select import Budget, Policy
+from ssgr.sparsity import Sparsity
+from ssgr.stages import evaluate, grade, prune, sample, select
+from ssgr.store import Artefact, Store
+
+LIBRARIES = ("ssgr", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One cell of a grid: what every config group was set to."""
+
+    model: Model
+    problems: Problems
+    sampler: Sampler
+    decoding: Decoding
+    grader: Grader
+    calib: Source
+    policy: Policy
+    scope: Scope
+    budget: Budget
+    pruner: Pruner
+    sparsity: Sparsity
+    bench: evaluate.Bench
+
+
+def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = None) -> RunResult:
+    """Run one cell; whatever the store already holds is read from it.
+
+    Raises:
+        ValueError: a setting cannot work; the message says which and what to type next.
+    """
+    select.warn_unused(experiment.calib, experiment.policy, experiment.scope)
+    flow = _Flow(experiment, store)
+    dense = flow.evaluated("dense", None)
+    chosen = flow.selected()
+    pruned = flow.pruned(chosen)
+    after = flow.evaluated("pruned", pruned)
+    calibration = json.loads((chosen.path / select.SUMMARY).read_text())
+    return RunResult(
+        config=config or {},
+        keys={name: artefact.key for name, artefact in flow.done.items()},
+        versions=_versions(),
+        stages={name: artefact.run for name, artefact in flow.done.items()},
+        calibration=calibration,
+        prune=_read_prune(pruned),
+        scores={"dense": read_score(dense), "pruned": read_score(after)},
+        delta=evaluate.difference(_outcomes(after), _outcomes(dense)),
+    )
+
+
+class _Flow:
+    """The stages of one experiment; `done` collects their artefacts by name."""
+
+    def __init__(self, experiment: Experiment, store: Store) -> None:
+        self.x, self.store = experiment, store
+        self.done: dict[str, Artefact] = {}
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return self.x.model.tokenizer()
+
+    def prompt_ids(self, question: str) -> tuple[int, ...]:
+        return self.x.model.prompt_ids(self.tokenizer, question)
+
+    def _stage(
+        self, name: str, stage: str, version_: int, config: object, inputs: dict[str, str], make: Callable[[Path], None]
+    ) -> Artefact:
+        key = keys.key(stage, version_, config, inputs)
+        self.done[name] = artefact = self.store.run(stage, key, make, config=config, inputs=inputs)
+        return artefact
+
+    def sampled(
+        self, name: str, problems: Problems, split: Split, decoding: Decoding, pruned: Artefact | None
+    ) -> tuple[Artefact, list[Problem]]:
+        """Traces of the dense model (`pruned` is None) or of a pruned one."""
+        model, read = self.x.model, problems.read(split)
+        config = {"model": model, "problems": problems, "split": split, "sampler": self.x.sampler, "decoding": decoding}
+        inputs = {"prune": pruned.key} if pruned else {}
+
+        def load() -> Any:
+            at = model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
+            return at.load()
+
+        def make(work: Path) -> None:
+            sample.sample(load, self.tokenizer, self.prompt_ids, read, self.x.sampler, decoding, work, name)
+
+        return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
+
+    def graded(self, name: str, sampled: Artefact, problems: list[Problem]) -> Artefact:
+        def make(work: Path) -> None:
+            traces = tables.read_traces(sampled.path / sample.TRACES)
+            graded = grade.grade(traces, problems, self.tokenizer, self.x.grader)
+            tables.write_graded(work / grade.GRADED, graded)
+
+        inputs = {"sample": sampled.key}
+        return self._stage(name, "grade", grade.VERSION, {"grader": self.x.grader}, inputs, make)
+
+    def selected(self) -> Artefact:
+        """The calibration set; traces are sampled and graded only if the source needs them."""
+        x, needs = self.x, self.x.calib.needs
+        inputs: dict[str, str] = {}
+        problems: list[Problem] = []
+        graded: Artefact | None = None
+        if needs == "traces":
+            sampled, problems = self.sampled("sample", x.problems, "calibration", x.decoding, None)
+            graded = self.graded("grade", sampled, problems)
+            inputs["grade"] = graded.key
+        elif needs == "problems":
+            problems = x.problems.read("calibration")
+        uses = x.calib.uses
+        config = {
+            "source": x.calib,
+            "model": x.model,
+            "problems": x.problems if needs == "problems" else None,
+            "policy": x.policy if {"difficulty", "length"} & uses else None,
+            "scope": x.scope if "scope" in uses else None,
+            "budget": x.budget,
+        }
+
+        def make(work: Path) -> None:
+            material = Material(
+                self.tokenizer,
+                self.prompt_ids,
+                problems,
+                tables.read_graded(graded.path / grade.GRADED) if graded else [],
+                x.budget.tokens or (x.budget.rows or 0) * x.budget.max_row_tokens,
+                x.budget.max_row_tokens,
+                x.model.end_think,
+            )
+            chosen = select.select(x.calib, material, x.policy, x.scope, x.budget)
+            tables.write_rows(work / select.ROWS, chosen)
+            (work / select.SUMMARY).write_text(json.dumps(chosen.summary(), indent=1))
+
+        return self._stage("select", "select", select.VERSION, config, inputs, make)
+
+    def pruned(self, chosen: Artefact) -> Artefact:
+        """The pruned checkpoint; a pruner that needs no statistics does not depend on the calibration."""
+        x, blind = self.x, self.x.pruner.statistic == "none"
+        config = {"model": x.model, "pruner": x.pruner, "sparsity": x.sparsity}
+
+        def make(work: Path) -> None:
+            calibration = None if blind else _calibration(chosen)
+            model = x.model.load()
+            result = prune.prune(model, self.tokenizer, calibration, x.pruner, x.sparsity, work)
+            (work / prune.RESULT).write_text(json.dumps(to_json(result), indent=1))
+
+        return self._stage("prune", "prune", prune.VERSION, config, {} if blind else {"select": chosen.key}, make)
+
+    def evaluated(self, name: str, pruned: Artefact | None) -> Artefact:
+        """The score of the dense or the pruned model on the benchmark."""
+        bench = self.x.bench
+        problems = bench.problems or self.x.problems
+        sampled, read = self.sampled(f"sample_{name}", problems, "test", bench.decoding, pruned)
+        graded = self.graded(f"grade_{name}", sampled, read)
+
+        def make(work: Path) -> None:
+            attempts = evaluate.outcomes(tables.read_graded(graded.path / grade.GRADED))
+            tables.write_outcomes(work / evaluate.OUTCOMES, attempts)
+            found = evaluate.score(bench.name, attempts, sampled.run.seconds)
+            (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
+
+        config = {"bench": bench.name}
+        return self._stage(f"evaluate_{name}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
+
+
+def _calibration(chosen: Artefact) -> CalibrationSet:
+    rows = tables.read_rows(chosen.path / select.ROWS)
+    summary = json.loads((chosen.path / select.SUMMARY).read_text())
+    return CalibrationSet(
+        summary["source"],
+        tuple(Row(tuple(r["ids"]), r["prompt_tokens"], r["id"]) for r in rows),
+        tuple(tuple(r["weights"]) for r in rows),
+        tuple((name, count) for name, count in summary["funnel"]),
+        summary["tokens"]["asked"],
+    )
+
+
+def _read_prune(pruned: Artefact) -> PruneResult:
+    found = json.loads((pruned.path / prune.RESULT).read_text())
+    layers = tuple(LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"])
+    return PruneResult(**{**found, "layers": layers, "checkpoint": str((pruned.path / prune.CHECKPOINT).resolve())})
+
+
+def read_score(evaluated: Artefact) -> Score:
+    """The score of an evaluate artefact."""
+    found = json.loads((evaluated.path / evaluate.SCORE).read_text())
+    return Score(**{**found, "ci95": tuple(found["ci95"])})
+
+
+def _outcomes(evaluated: Artefact) -> list[Any]:
+    return tables.read_outcomes(evaluated.path / evaluate.OUTCOMES)
+
+
+def write(result: RunResult, store: Store, folder: Path) -> None:
+    """Write `folder`/result.json, with links to checkpoint, calibration set and outcomes beside it."""
+    links = {
+        "checkpoint": Path(result.prune.checkpoint),
+        "calibration.parquet": store.root / "select" / result.keys["select"] / select.ROWS,
+        "outcomes.parquet": store.root / "evaluate" / result.keys["evaluate_pruned"] / evaluate.OUTCOMES,
+        "outcomes_dense.parquet": store.root / "evaluate" / result.keys["evaluate_dense"] / evaluate.OUTCOMES,
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, target in links.items():
+            (folder / name).unlink(missing_ok=True)
+            (folder / name).symlink_to(target.resolve())
+        beside = folder / "result.json.tmp"
+        beside.write_text(json.dumps(to_json(result), indent=1, default=str))
+        beside.rename(folder / "result.json")
+    except OSError as error:
+        raise ValueError(
+            f"the output folder {folder} cannot be written ({error.strerror}): type hydra.run.dir=DIR"
+        ) from error
+
+
+def _versions() -> dict[str, str]:
+    out = {"python": sys.version.split()[0]}
+    for name in LIBRARIES:
+        try:
+            out[name] = version(name)
+        except PackageNotFoundError:
+            out[name] = "not installed"
+    return out

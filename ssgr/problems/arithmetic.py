@@ -1,0 +1,55 @@
+"""Generated arithmetic as problems: any count, any level, disjoint splits."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ssgr import arithmetic
+from ssgr.problems import Split, checked
+from ssgr.records import Problem
+
+
+@dataclass(frozen=True)
+class ArithmeticProblems:
+    """`calibration` and `test` problems, spread evenly over `levels` (operations a problem)."""
+
+    levels: tuple[int, ...]
+    calibration: int
+    test: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "levels", tuple(self.levels))
+        if not self.levels or min(self.calibration, self.test) < 1:
+            raise ValueError("problems=arithmetic needs at least one level and one problem in each split")
+
+    def read(self, split: Split) -> list[Problem]:
+        """Draw the problems of `split`: levels in turn, no problem twice.
+
+        Raises:
+            ValueError: a level outside 1 to 8, or more problems than a level has.
+        """
+        count = self.calibration if split == "calibration" else self.test
+        rng = random.Random(f"{self.seed}/{split}")
+        seen: set[str] = set()
+        out: list[Problem] = []
+        for i in range(count):
+            level = self.levels[i % len(self.levels)]
+            for _ in range(_PATIENCE):
+                drawn = arithmetic.generate(level, split, rng)
+                if arithmetic.text(drawn.tree) not in seen:
+                    break
+            else:
+                raise ValueError(
+                    f"problems.{split}={count}: level {level} has no more than about {i // len(self.levels)} different "
+                    f"problems in this split; ask for fewer, or for higher levels than {list(self.levels)}"
+                )
+            seen.add(arithmetic.text(drawn.tree))
+            solution = " ".join(f"{a}{op}{b}={c}." for op, a, b, c, _ in arithmetic.steps(drawn.tree))
+            name = f"arithmetic/{split}/{self.seed}/{i}"
+            out.append(Problem(name, drawn.question, str(drawn.answer), "arithmetic", level, solution))
+        return checked(out, "problems=arithmetic")
+
+
+_PATIENCE = 1000  # draws in a row that were all seen before: the level is used up

@@ -1,0 +1,155 @@
+"""Problems from a table: a JSONL file, or any dataset that `datasets` can load."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ssgr.problems import Split, checked
+from ssgr.records import Problem
+
+_TEST_SHARE = 10  # one row in ten, by a hash of its question, is kept for the test split where the source has none
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column holds what; a column that a source lacks is null."""
+
+    question: str = "problem"
+    answer: str = "answer"
+    id: str | None = None
+    level: str | None = None
+    solution: str | None = None
+    answer_after: str | None = None  # the answer is what follows this mark in its column, as #### in GSM8K
+
+    def problem(self, row: Mapping[str, Any], number: int, source: str) -> Problem:
+        """One row as a problem.
+
+        Raises:
+            ValueError: no question or no answer; the row is named.
+        """
+        for role in ("question", "answer"):
+            column = getattr(self, role)
+            if row.get(column) in (None, ""):
+                raise ValueError(
+                    f"{source}, row {number}: no {role} in column {column!r}; its columns are {', '.join(row) or 'none'}. "
+                    f"Type problems.columns.{role}=COLUMN, or mend the row"
+                )
+        answer = str(row[self.answer])
+        if self.answer_after and self.answer_after in answer:
+            answer = answer.rsplit(self.answer_after, 1)[1].strip()
+        return Problem(
+            id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"{source}/{number}",
+            question=str(row[self.question]),
+            answer=answer,
+            source=source,
+            level=_level(row.get(self.level)) if self.level else None,
+            solution=str(row[self.solution]) if self.solution and row.get(self.solution) else None,
+        )
+
+
+def _level(value: object) -> int | None:
+    digits = "".join(c for c in str(value) if c.isdigit())
+    return int(digits) if digits else None
+
+
+@dataclass(frozen=True)
+class JsonlProblems:
+    """Problems from JSONL files: `path` for calibration, `test_path` for the test split.
+
+    Without a `test_path` one row in ten, chosen by a hash of its question, is the test split, and the rest calibration.
+    """
+
+    path: str
+    columns: Columns
+    test_path: str | None = None
+    limit: int | None = None
+
+    def key_content(self) -> object:
+        """Files are keyed by what they hold."""
+        sums = [hashlib.sha256(_file(p).read_bytes()).hexdigest() for p in (self.path, self.test_path) if p]
+        return {"sha256": sums, "columns": self.columns, "limit": self.limit}
+
+    def read(self, split: Split) -> list[Problem]:
+        """The problems of `split`.
+
+        Raises:
+            ValueError: a file is missing, or a row is not JSON or lacks a question or an answer; the row is named.
+        """
+        own = self.test_path is not None
+        path = _file(self.test_path if own and split == "test" else self.path)  # type: ignore[arg-type]
+        rows = _of_split(_jsonl(path, self.columns), split, own)
+        return checked(rows[: self.limit], f"problems.path={path}, split {split},")
+
+
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise ValueError(f"problems.path={name}: there is no such file; type problems.path=FILE.jsonl")
+    return path
+
+
+def _jsonl(path: Path, columns: Columns) -> Iterable[Problem]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
+                ) from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
+            yield columns.problem(row, number, path.stem)
+
+
+def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> list[Problem]:
+    if own:
+        return list(problems)
+    return [p for p in problems if (_bucket(p.question) == 0) == (split == "test")]
+
+
+def _bucket(question: str) -> int:
+    return hashlib.sha256(" ".join(question.split()).encode()).digest()[0] % _TEST_SHARE
+
+
+@dataclass(frozen=True)
+class HubProblems:
+    """Problems from a dataset id (or a local dataset folder) through the `datasets` library."""
+
+    path: str
+    columns: Columns
+    split: str = "train"
+    test_split: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    limit: int | None = None
+    streaming: bool = field(default=False, metadata={"key": False})
+
+    def read(self, split: Split) -> list[Problem]:
+        """The problems of `split`; like JSONL, one row in ten is the test split where the source has none.
+
+        Raises:
+            ValueError: the dataset cannot be loaded, or a row lacks a question or an answer.
+        """
+        import datasets
+
+        own = self.test_split is not None
+        part = self.test_split if own and split == "test" else self.split
+        try:
+            data = datasets.load_dataset(
+                self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
+            )
+        except Exception as error:  # the library raises a dozen kinds; all mean that there is no data
+            raise ValueError(
+                f"problems.path={self.path} subset={self.subset} split={part} revision={self.revision} cannot be "
+                f"loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
+        rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(data, 1))
+        return checked(_of_split(rows, split, own)[: self.limit], f"problems.path={self.path}, split {part},")

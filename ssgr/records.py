@@ -1,0 +1,181 @@
+"""The nouns that flow from stage to stage: frozen dataclasses on the standard library alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Finish = Literal["stop", "length"]
+Funnel = tuple[tuple[str, int], ...]  # what was left after each filter, in order
+
+
+class Verdict(enum.StrEnum):
+    """What a grader says of one answer; a grader that fails never counts as wrong."""
+
+    RIGHT = "right"
+    WRONG = "wrong"
+    NO_ANSWER = "no_answer"
+    GRADER_FAILED = "grader_failed"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One question with its gold answer."""
+
+    id: str
+    question: str
+    answer: str
+    source: str = ""
+    level: int | None = None
+    solution: str | None = None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One attempt at a problem, as token ids; `generated_ids` end with the stop token if one was reached."""
+
+    problem_id: str
+    attempt: int
+    prompt_ids: tuple[int, ...]
+    generated_ids: tuple[int, ...]
+    finish: Finish
+    seed: int
+    on_policy: bool = True
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A trace with its verdict."""
+
+    trace: Trace
+    answer: str | None
+    verdict: Verdict
+    level: int | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate for the calibration set: whole token ids, the first `prompt_tokens` of them the prompt."""
+
+    ids: tuple[int, ...]
+    prompt_tokens: int
+    id: str
+    level: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Ragged rows of token ids with one weight a token, and how they were chosen."""
+
+    source: str
+    rows: tuple[Row, ...]
+    weights: tuple[tuple[float, ...], ...]
+    funnel: Funnel
+    asked: int
+
+    @property
+    def tokens(self) -> dict[str, int]:
+        """Tokens asked for and realised, the latter also split into prompt and response."""
+        prompt = sum(row.prompt_tokens for row in self.rows)
+        total = sum(map(len, self.rows))
+        return {"asked": self.asked, "realised": total, "prompt": prompt, "response": total - prompt}
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of the set."""
+        return {
+            "source": self.source,
+            "rows": len(self.rows),
+            "tokens": self.tokens,
+            "funnel": [*map(list, self.funnel)],
+        }
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """What pruning did to one linear layer; `error` is relative: ||(W - W') X|| / ||W X|| on the calibration rows."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    error: float | None
+    damping: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What pruning did to the model."""
+
+    pruner: str
+    sparsity_target: float
+    sparsity_realised: float
+    layers: tuple[LayerResult, ...]
+    checkpoint: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One graded attempt of an evaluation."""
+
+    problem_id: str
+    attempt: int
+    level: int | None
+    verdict: Verdict
+    answer: str | None
+    tokens: int
+    finish: Finish
+    looping: bool
+
+
+@dataclass(frozen=True)
+class Score:
+    """What an evaluation found; shares are of attempts, `ci95` is clustered by problem."""
+
+    bench: str
+    problems: int
+    attempts: int
+    accuracy: float
+    ci95: tuple[float, float]
+    pass_at_k: dict[str, float]
+    maj_at_k: float
+    mean_tokens: float
+    truncated: float
+    looping: float
+    no_answer: float
+    grader_failed: float
+    seconds: float
+    tokens_per_second: float
+    by_level: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What running one stage cost, or that it was read from the store."""
+
+    seconds: float
+    cached: bool
+    peak_rss_mib: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """Everything one cell of a grid found: the content of result.json."""
+
+    config: dict[str, Any]
+    keys: dict[str, str]
+    versions: dict[str, str]
+    stages: dict[str, StageRun]
+    calibration: dict[str, Any]
+    prune: PruneResult
+    scores: dict[str, Score]
+    delta: dict[str, Any]
+
+
+def to_json(record: Any) -> Any:
+    """A record as plain JSON values."""
+    return dataclasses.asdict(record)

@@ -1,0 +1,1 @@
+"""Reports: what runs found, from their result.json files."""

@@ -1,0 +1,35 @@
+"""Rebuild the table of a run or a sweep: python -m ssgr.report PATH... [--format text|markdown|csv] [--by FIELDS]."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from ssgr.report import table
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 and a sentence if there is nothing to print."""
+    parser = argparse.ArgumentParser(prog="python -m ssgr.report", description="Tables of results.")
+    parser.add_argument("paths", nargs="+", type=Path, help="result.json files, or folders of runs and sweeps")
+    parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="how it is printed")
+    parser.add_argument("--by", help="means over all cells that agree in these fields, such as calib,pruner")
+    args = parser.parse_args(arguments)
+    try:
+        cells = table.find(args.paths)
+        content = table.means(cells, args.by.split(",")) if args.by else table.rows(cells)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.format == "text":
+        Console(width=None if sys.stdout.isatty() else 160).print(table.rich_table(content))
+    else:
+        print(table.markdown(content) if args.format == "markdown" else table.comma_separated(content))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""Tables of results: one row a cell and one for each dense model, or means over draws; text, Markdown or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.table import Table
+
+from ssgr.intervals import cluster_bootstrap
+from ssgr.records import Verdict
+from ssgr.tables import read_outcomes
+
+Rows = list[dict[str, str]]
+_ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One result.json and where it lies; `fields` are the settings that tell cells apart."""
+
+    path: Path
+    result: dict[str, Any]
+    fields: dict[str, str]
+
+
+def read(path: Path) -> Cell:
+    """Read one result.json.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    try:
+        result = json.loads(path.read_text())
+        return Cell(path, result, _fields(result))
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a result of ssgr ({type(error).__name__}: {error})") from error
+
+
+def find(paths: Iterable[Path]) -> list[Cell]:
+    """Read every result.json at or below `paths`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    given = list(paths)
+    files = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json")))]
+    if not files:
+        raise ValueError(
+            f"no result.json at or below {', '.join(map(str, given))}; type the folder of a run or a sweep"
+        )
+    return [read(file) for file in files]
+
+
+def _fields(result: dict[str, Any]) -> dict[str, str]:
+    config, prune = result["config"], result["prune"]
+    sparsity = config["sparsity"]
+    return {
+        "model": config["model"]["name"],
+        "calib": config["calib"]["name"],
+        "difficulty": config["difficulty"]["name"],
+        "length": config["length"]["name"],
+        "scope": config["scope"]["name"],
+        "balance": config["select"]["balance"],
+        "pruner": prune["pruner"],
+        "sparsity": f"{sparsity['n']}:{sparsity['m']}" if "n" in sparsity else f"{100 * sparsity['ratio']:g} %",
+        "budget": str(result["calibration"]["tokens"]["asked"]),
+        "bench": config["bench"]["name"],
+        "seed": str(config["bench"]["decoding"]["seed"]),
+        "draw": str(config["calib"]["draw"]),
+    }
+
+
+def _shown(cells: Sequence[Cell]) -> list[str]:
+    """The fields in which the cells differ."""
+    return [f for f in cells[0].fields if f in _ALWAYS or len({cell.fields[f] for cell in cells}) > 1]
+
+
+def rows(cells: Sequence[Cell]) -> Rows:
+    """A row for each dense model, then one for each cell in the order given."""
+    shown = _shown(cells)
+    out: Rows = []
+    seen: set[str] = set()
+    for cell in cells:
+        dense = cell.result["scores"]["dense"]
+        key = cell.result["keys"]["evaluate_dense"]
+        if key not in seen:
+            seen.add(key)
+            names = {f: cell.fields[f] if f in ("model", "bench", "seed") else "" for f in shown}
+            out.append({**names, "calib": "dense", "pruner": "", **_score(dense), "difference to dense": "",
+                        "sparsity realised": "0 %", "seconds": f"{dense['seconds']:.0f}"})  # fmt: skip
+    for cell in cells:
+        delta, stages = cell.result["delta"], cell.result["stages"]
+        out.append(
+            {
+                **{f: cell.fields[f] for f in shown},
+                **_score(cell.result["scores"]["pruned"]),
+                "difference to dense": _interval(delta["accuracy"], delta["ci95"], signed=True),
+                "sparsity realised": f"{100 * cell.result['prune']['sparsity_realised']:.1f} %",
+                "seconds": f"{sum(s['seconds'] for s in stages.values() if not s['cached']):.0f}",
+            }
+        )
+    return out
+
+
+def means(cells: Sequence[Cell], by: Sequence[str] | None = None) -> Rows:
+    """A row for each group of cells that agree in the fields `by` (by default all shown but draw).
+
+    The interval resamples draws and problems (from outcomes.parquet beside each result).
+
+    Raises:
+        ValueError: `by` names no field.
+    """
+    valid = list(cells[0].fields)
+    by = list(by) if by else [f for f in _shown(cells) if f != "draw"]
+    if unknown := [f for f in by if f not in valid]:
+        raise ValueError(f"--by {','.join(unknown)}: no such field; valid are {', '.join(valid)}")
+    groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
+    for cell in cells:
+        groups[tuple(cell.fields[f] for f in by)].append(cell)
+    out: Rows = []
+    for names, group in groups.items():
+        pruned = [_by_problem(cell.path.with_name("outcomes.parquet")) for cell in group]
+        dense = [_by_problem(cell.path.with_name("outcomes_dense.parquet")) for cell in group]
+        gaps = [p - d for p, d in zip(pruned, dense, strict=True)]
+        scores = [cell.result["scores"]["pruned"] for cell in group]
+        accuracies = [s["accuracy"] for s in scores]
+        out.append(
+            {
+                **dict(zip(by, names, strict=True)),
+                "draws": str(len(group)),
+                "accuracy": _interval(float(np.mean(accuracies)), cluster_bootstrap(pruned)),
+                "deviation of draws": f"{np.std(accuracies, ddof=1):.3f}" if len(group) > 1 else "",
+                "difference to dense": _interval(float(np.mean(gaps)), cluster_bootstrap(gaps), signed=True),
+                **{k: f"{np.mean([s[v] for s in scores]):.{d}f}" for k, v, d in _MEANS},
+            }
+        )
+    return out
+
+
+_MEANS = (("tokens", "mean_tokens", 1), ("cut", "truncated", 3), ("looping", "looping", 3))
+
+
+def _by_problem(path: Path) -> NDArray[np.float64]:
+    """Share of right attempts by problem, in the order of ids."""
+    right: dict[str, list[bool]] = defaultdict(list)
+    for outcome in read_outcomes(path):
+        right[outcome.problem_id].append(outcome.verdict is Verdict.RIGHT)
+    return np.array([np.mean(right[problem]) for problem in sorted(right)])
+
+
+def _score(score: dict[str, Any]) -> dict[str, str]:
+    return {
+        "accuracy": _interval(score["accuracy"], score["ci95"]),
+        "tokens": f"{score['mean_tokens']:.1f}",
+        "cut": f"{100 * score['truncated']:.1f} %",
+        "looping": f"{100 * score['looping']:.1f} %",
+    }
+
+
+def _interval(mean: float, ci95: Sequence[float], signed: bool = False) -> str:
+    sign = "+" if signed else ""
+    return f"{mean:{sign}.3f} [{ci95[0]:{sign}.3f}, {ci95[1]:{sign}.3f}]"
+
+
+def rich_table(content: Rows, title: str | None = None) -> Table:
+    """A table for the terminal."""
+    out = Table(title=title, title_justify="left")
+    for column in content[0]:
+        text = column in ("model", "calib", "pruner", "difficulty", "length", "scope", "bench", "balance")
+        out.add_column(column, justify="left" if text else "right", no_wrap=True)
+    for row in content:
+        out.add_row(*row.values())
+    return out
+
+
+def markdown(content: Rows) -> str:
+    """A Markdown table."""
+    lines = [list(content[0]), ["---"] * len(content[0]), *[list(row.values()) for row in content]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def comma_separated(content: Rows) -> str:
+    """A CSV table."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, list(content[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(content)
+    return out.getvalue().rstrip("\n")

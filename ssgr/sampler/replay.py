@@ -1,0 +1,86 @@
+"""Replay of saved traces: nothing is generated, nothing is re-tokenised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ssgr.records import Trace
+from ssgr.sampler import Decoding, Request
+
+_NEEDED = ("problem_id", "attempt", "generated_ids", "finish")
+
+
+@dataclass(frozen=True)
+class ReplaySampler:
+    """Traces from a Parquet or JSONL file with problem_id, attempt, generated_ids, finish and, if known, prompt_ids."""
+
+    path: str
+    on_policy: bool = False
+
+    @property
+    def wants_model(self) -> bool:
+        """False: the model is not run."""
+        return False
+
+    def key_path(self) -> Path | None:
+        """The file that is replayed."""
+        return Path(self.path).expanduser()
+
+    def sample(
+        self,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        decoding: Decoding,
+    ) -> Iterator[list[Trace]]:
+        """Yield the saved trace of each request.
+
+        Raises:
+            ValueError: the file is missing or is not of the form, or lacks an attempt; the first is named.
+        """
+        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in _rows(Path(self.path).expanduser())}
+        missing = [r for r in requests if (r.problem_id, r.attempt) not in saved]
+        if missing:
+            first = missing[0]
+            raise ValueError(
+                f"sampler.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
+                f"{first.attempt} of {first.problem_id}; lower sampler.decoding.attempts or give the file of these problems"
+            )
+        yield [self._trace(r, saved[r.problem_id, r.attempt]) for r in requests]
+
+    def _trace(self, request: Request, row: Mapping[str, Any]) -> Trace:
+        prompt = tuple(row.get("prompt_ids") or request.prompt_ids)
+        finish = row["finish"]
+        if finish not in ("stop", "length"):
+            raise ValueError(f"{self.path}: finish is {finish!r} in {request.problem_id}; valid are stop, length")
+        return Trace(
+            request.problem_id,
+            request.attempt,
+            prompt,
+            tuple(row["generated_ids"]),
+            finish,
+            int(row.get("seed") or 0),
+            self.on_policy,
+        )
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    if not path.is_file():
+        raise ValueError(f"sampler.path={path}: there is no such file; type sampler.path=FILE.parquet or FILE.jsonl")
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        rows = pq.read_table(path).to_pylist()
+    else:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    for number, row in enumerate(rows, 1):
+        lacking = [name for name in _NEEDED if row.get(name) is None]
+        if lacking:
+            raise ValueError(f"{path.name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(_NEEDED)}")
+        yield row

@@ -1,0 +1,103 @@
+"""Sparsity: from scores to a mask, unstructured or n:m.
+
+Shapes: O outputs, I inputs, G groups of m inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+Compare: TypeAlias = Literal["row", "layer"]
+
+
+class Sparsity(Protocol):
+    """A pattern of zeros."""
+
+    @property
+    def target(self) -> float:
+        """Share of weights that are pruned."""
+        ...
+
+    @property
+    def group(self) -> int | None:
+        """Inputs that are compared with each other, or None for no fixed group."""
+        ...
+
+    def keep(self, score_OI: Tensor, compare: Compare) -> Tensor:
+        """The mask of kept weights, bool (O, I): within each compared set the lowest scores go."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unstructured:
+    """Prune the share `ratio`, compared within each output row or over the whole layer."""
+
+    ratio: float
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise ValueError(
+                f"sparsity.ratio={self.ratio}: a share of weights to prune lies strictly between 0 and 1, "
+                "such as sparsity.ratio=0.5"
+            )
+
+    @property
+    def target(self) -> float:
+        """Share of weights that are pruned."""
+        return self.ratio
+
+    @property
+    def group(self) -> int | None:
+        """None: any number of inputs may be compared."""
+        return None
+
+    def keep(self, score_OI: Tensor, compare: Compare) -> Tensor:
+        """The mask of kept weights, bool (O, I); of n compared weights int(n * ratio) go."""
+        flat = score_OI if compare == "row" else score_OI.reshape(1, -1)
+        pruned = flat.topk(int(flat.shape[1] * self.ratio), dim=1, largest=False).indices
+        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, pruned, False)
+        return keep.view_as(score_OI)
+
+
+@dataclass(frozen=True)
+class NM:
+    """Keep the n best of every m consecutive inputs."""
+
+    n: int
+    m: int
+
+    def __post_init__(self) -> None:
+        if not 0 < self.n < self.m:
+            raise ValueError(
+                f"sparsity n:m = {self.n}:{self.m}: n of every m inputs are kept, with 0 < n < m, such as sparsity=n2m4"
+            )
+
+    @property
+    def target(self) -> float:
+        """Share of weights that are pruned."""
+        return 1 - self.n / self.m
+
+    @property
+    def group(self) -> int | None:
+        """m: masks are chosen within groups of m inputs."""
+        return self.m
+
+    def keep(self, score_OI: Tensor, compare: Compare) -> Tensor:
+        """The mask of kept weights, bool (O, I).
+
+        Raises:
+            ValueError: m does not divide I.
+        """
+        outputs, inputs = score_OI.shape
+        if inputs % self.m:
+            raise ValueError(
+                f"sparsity {self.n}:{self.m} does not divide a layer of {inputs} inputs: choose an m that does, "
+                "or leave the layer out with pruner.exclude"
+            )
+        score_OGM = score_OI.reshape(outputs, inputs // self.m, self.m)
+        kept = score_OGM.topk(self.n, dim=2).indices
+        return torch.zeros_like(score_OGM, dtype=torch.bool).scatter_(2, kept, True).view(outputs, inputs)

@@ -1,0 +1,64 @@
+"""Sample: problems -> traces, batch by batch, continuing where a killed run stopped."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ssgr.records import Problem, Trace
+from ssgr.sampler import Decoding, Request, Sampler
+from ssgr.stages.progress import Progress
+from ssgr.tables import read_traces, write_traces
+
+VERSION = 1
+TRACES = "traces.parquet"
+
+
+def sample(
+    load: Callable[[], PreTrainedModel],
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Callable[[str], tuple[int, ...]],
+    problems: Sequence[Problem],
+    sampler: Sampler,
+    decoding: Decoding,
+    work: Path,
+    what: str = "sample",
+) -> list[Trace]:
+    """Draw `decoding.attempts` traces of each problem into `work`/traces.parquet, ordered by problem and attempt.
+
+    Finished batches lie in `work`/parts; a run that is started again samples only what is missing.
+
+    Raises:
+        ValueError: a prompt leaves no room in the context, or the sampler's saved traces do not serve.
+    """
+    parts = work / "parts"
+    parts.mkdir(exist_ok=True)
+    have = {(t.problem_id, t.attempt): t for part in sorted(parts.glob("*.parquet")) for t in read_traces(part)}
+    requests = [
+        Request(problem.id, attempt, prompt_ids(problem.question))
+        for problem in problems
+        for attempt in range(decoding.attempts)
+    ]
+    missing = [r for r in requests if (r.problem_id, r.attempt) not in have]
+    if missing:
+        model = load() if sampler.wants_model else None
+        start, tokens = time.perf_counter(), 0
+        with Progress(what, len(requests), len(requests) - len(missing)) as progress:
+            for batch in sampler.sample(model, tokenizer, missing, decoding):
+                write_traces(parts / f"{len(have):08d}.parquet", batch)
+                have |= {(t.problem_id, t.attempt): t for t in batch}
+                tokens += sum(len(t.generated_ids) for t in batch)
+                progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+        del model
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    traces = [have[r.problem_id, r.attempt] for r in requests]
+    write_traces(work / TRACES, traces)
+    for part in parts.glob("*"):
+        part.unlink()
+    parts.rmdir()
+    return traces

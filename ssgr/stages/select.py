@@ -1,0 +1,53 @@
+"""Select: candidates -> the calibration set, under a budget."""
+
+from __future__ import annotations
+
+import logging
+
+from ssgr.calib import Material, Source
+from ssgr.records import CalibrationSet, Row
+from ssgr.scope import Scope
+from ssgr.select import Budget, Policy, draw, fit_rows, match
+
+VERSION = 1
+ROWS, SUMMARY = "calibration.parquet", "calibration.json"
+_log = logging.getLogger("ssgr")
+
+
+def select(source: Source, material: Material, policy: Policy, scope: Scope, budget: Budget) -> CalibrationSet:
+    """Draw the calibration set of `source` under `budget` and weigh its tokens by `scope`.
+
+    Raises:
+        ValueError: the selection is empty (the message has its funnel) or holds less than the budget.
+    """
+    warn_unused(source, policy, scope)
+    candidates = fit_rows(source.candidates(material, policy), budget)
+    if source.matches:
+        wanted = draw(fit_rows(source.reference(material, policy), budget), budget, source.draw)
+        rows = match(candidates, len(wanted), sum(map(len, wanted)), source.draw)
+    else:
+        rows = draw(candidates, budget, source.draw)
+    weights = tuple(scope.weights(row) if "scope" in source.uses else (1.0,) * len(row) for row in rows)
+    asked = budget.tokens if budget.tokens is not None else sum(map(len, rows))
+    funnel = (*candidates.funnel, ("drawn", len(rows)))
+    return CalibrationSet(source.name, tuple(sorted(rows, key=_by_id)), _sorted(rows, weights), funnel, asked)
+
+
+def _by_id(row: Row) -> str:
+    return row.id
+
+
+def _sorted(rows: tuple[Row, ...], weights: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
+    return tuple(w for _, w in sorted(zip(rows, weights, strict=True), key=lambda pair: pair[0].id))
+
+
+def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:
+    """Warn by name of each filter that `source` cannot apply."""
+    chosen = {"difficulty": policy.difficulty.name != "any", "length": policy.length.name != "any"}
+    values = {"difficulty": policy.difficulty.name, "length": policy.length.name, "scope": scope.name}
+    chosen["scope"] = scope.name != "both"
+    for group, set_ in chosen.items():
+        if set_ and group not in source.uses:
+            _log.warning(
+                "%s=%s has no effect on calib=%s, which has nothing to apply it to", group, values[group], source.name
+            )

@@ -1,0 +1,439 @@
+"""Where results lie: root/<stage>/<key>/ with a manifest, made once, published whole, checked when read.
+
+Beside a result may lie `<key>.work/` (an unfinished attempt, which the next one resumes), `<key>.lease` (who is making
+it), and `<key>.damaged-<n>/` (a result that failed its check). `.lock` guards the leases of a stage: the kernel drops
+that lock with its process, so it cannot be left behind; it is held for moments, never while a stage runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import resource
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Self
+
+import psutil
+
+from ssgr.keys import Json, describe
+from ssgr.records import StageRun
+
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 1
+ALWAYS_CHECKSUMMED = 64 * 2**20  # bytes a result: a fraction of a second; a larger one is checksummed once a process
+POLL_SECONDS = (0.2, 2.0)  # first and longest pause of a waiter; it grows, as a grid may wait with hundreds
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = logging.getLogger("ssgr")
+_checksummed: set[tuple[Path, str]] = set()  # large results that this process has checked: folder, creation time
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A result in the store: its files lie under `path`."""
+
+    path: Path
+    key: str
+    stage: str
+    run: StageRun
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    version: int
+    stage: str
+    key: str
+    inputs: dict[str, str]
+    config: Json
+    files: dict[str, dict[str, Any]]  # relative path -> size, sha256
+    seconds: float  # of the attempt that finished
+    peak_rss_mib: float
+    created: str
+
+
+class _Damaged(Exception):
+    """A result that is not what its manifest says; the message names the file and what is wrong."""
+
+
+class Store:
+    """Results by stage and key, shared by any number of processes, threads and hosts; each result is made once.
+
+    Raises:
+        ValueError: `root` cannot be created or written.
+    """
+
+    def __init__(self, root: Path, *, heartbeat_seconds: float = 2.0, stale_seconds: float = 60.0) -> None:
+        self.root = Path(root).expanduser().absolute()
+        self.heartbeat_seconds = heartbeat_seconds
+        self.stale_seconds = stale_seconds  # a holder on another host that is silent for as long counts as dead
+        self.hits: Counter[str] = Counter()
+        self.misses: Counter[str] = Counter()
+        self._counting = threading.Lock()
+        self._open("")
+
+    def run(
+        self,
+        stage: str,
+        key: str,
+        make: Callable[[Path], None],
+        *,
+        config: object = None,
+        inputs: Mapping[str, str] = MappingProxyType({}),
+    ) -> Artefact:
+        """The result of `stage` under `key`: read if it is there and sound, waited for if another makes it, else made.
+
+        `make` gets a folder to write into and finds there what a killed attempt left. `config` and `inputs` are only
+        written into the manifest.
+
+        Raises:
+            ValueError: the store cannot be written, or the disk is full.
+            Exception: whatever `make` raises; its folder is kept for the next attempt.
+        """
+        assert Path(stage, key).parts == (stage, key), f"{stage!r}, {key!r}: one folder name each"
+        folder = self._open(stage) / key
+        manifest, made = None, False
+        with contextlib.suppress(_Damaged):  # judged again below, where no other process can be mending it
+            manifest = _read(folder)
+        while manifest is None:
+            with _explained_if_full(folder), self._wait_for_lease(folder) as lease:
+                manifest = _read_or_move_aside(folder)
+                if manifest is None:
+                    manifest = self._make(folder, make, config, inputs, lease)
+                    made = manifest is not None
+        with self._counting:
+            (self.misses if made else self.hits)[stage] += 1
+        return Artefact(folder, key, stage, StageRun(manifest.seconds, not made, manifest.peak_rss_mib))
+
+    def _open(self, stage: str) -> Path:
+        folder = self.root / stage
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                return folder
+        except OSError as error:
+            raise ValueError(
+                f"store.path={self.root} cannot be written ({error.strerror}): choose another with store.path=DIR"
+            ) from error
+
+    def _wait_for_lease(self, folder: Path) -> _Lease:
+        pause, longest = POLL_SECONDS
+        lease, announced = _Lease(folder, self.heartbeat_seconds), False
+        while True:
+            holder = lease.take(self.stale_seconds)
+            if holder is None:
+                return lease
+            if not announced:
+                log.info("%s %s: waiting for %s, which is making it", folder.parent.name, folder.name, holder)
+                announced = True
+            time.sleep(pause)
+            pause = min(pause * 1.2, longest)
+
+    def _make(
+        self, folder: Path, make: Callable[[Path], None], config: object, inputs: Mapping[str, str], lease: _Lease
+    ) -> _Manifest | None:
+        """Make and publish; None if another process took the lease meanwhile, and so the work."""
+        described = describe(config)
+        work = folder.with_name(f"{folder.name}.work")
+        try:
+            work.mkdir(exist_ok=True)
+            for stale in (work / MANIFEST, work / f"{MANIFEST}.new"):  # of an attempt killed in its last steps
+                stale.unlink(missing_ok=True)
+            _reset_peak_rss()
+            start = time.monotonic()
+            make(work)
+            seconds, peak = time.monotonic() - start, _peak_rss_mib()
+            files = _seal(work)
+            manifest = _Manifest(
+                version=MANIFEST_VERSION,
+                stage=folder.parent.name,
+                key=folder.name,
+                inputs=dict(inputs),
+                config=described,
+                files=files,
+                seconds=seconds,
+                peak_rss_mib=peak,
+                created=datetime.now(UTC).isoformat(timespec="milliseconds"),
+            )
+            _write_manifest(work, manifest)
+            return manifest if lease.publish(work) else None
+        except OSError:
+            if lease.ours():
+                raise
+            return None
+
+
+@contextlib.contextmanager
+def _explained_if_full(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise ValueError(
+            f"the disk is full ({error.strerror}) at {error.filename or folder}: free some space, or choose another "
+            "place with store.path=DIR; the same command run again continues from what is there"
+        ) from error
+
+
+class _Lease:
+    """The right to make one result: a file that is ours while it holds our token, kept fresh by a heartbeat."""
+
+    def __init__(self, folder: Path, heartbeat_seconds: float) -> None:
+        self.folder = folder
+        self.path = folder.with_name(f"{folder.name}.lease")
+        self.token = secrets.token_hex(8)
+        self._seconds = heartbeat_seconds
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"lease {folder.name}", daemon=True)
+
+    def take(self, stale_seconds: float) -> str | None:
+        """Take the lease, from a dead holder if need be; who holds it if that is not possible."""
+        with self._lock() as now:
+            try:
+                text, beat = self.path.read_text(), self.path.stat().st_mtime
+            except FileNotFoundError:
+                pass
+            else:
+                who = _named(text)
+                alive = now - beat <= stale_seconds and not _is_dead(text)
+                if alive or not self._move_aside(text):
+                    return who
+                log.warning("%s: taken over from %s, which is dead or silent", self.path, who)
+            if not self._create():
+                return "another process"
+        self._heart.start()
+        return None
+
+    def _create(self) -> bool:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        text = json.dumps({**_whereabouts(), "pid": os.getpid(), "token": self.token, "started": started})
+        try:
+            lease = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:  # only where the file system has no locks
+            return False
+        try:
+            with open(lease, "w") as file:
+                file.write(text)
+        except OSError:
+            self.path.unlink()
+            raise
+        return True
+
+    def _move_aside(self, text: str) -> bool:
+        """Move a dead lease out of the way; False, and nothing changed, if it is no longer the one that was judged."""
+        aside = self.path.with_name(f"{self.path.name}.{self.token}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return False
+        dead = aside.read_text() == text
+        if not dead:  # only where the file system has no locks: another was quicker, give back what is its own
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+        aside.unlink()
+        return dead
+
+    def publish(self, work: Path) -> bool:
+        """Give `work` its final name, unless the lease is lost or a result is already there."""
+        with self._lock():
+            if not self.ours():
+                return False
+            if self.folder.exists():
+                shutil.rmtree(work)
+                return False
+            work.rename(self.folder)
+        _sync_folder(self.folder.parent)
+        return True
+
+    def ours(self) -> bool:
+        """Whether the lease still holds our token."""
+        try:
+            return self.token in self.path.read_text()
+        except FileNotFoundError:
+            return False
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._seconds):
+            with contextlib.suppress(OSError):  # a network file system may stumble; the next beat mends it
+                if not self.ours():
+                    log.warning("%s: lost to another process; its result will be used", self.path)
+                    return
+                os.utime(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._heart.join()
+        try:
+            with self._lock():
+                if self.ours():
+                    self.path.unlink()
+        except OSError as error:  # never hides what went wrong in the stage; the lease goes stale by itself
+            log.warning("%s: cannot be released (%s)", self.path, error)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[float]:
+        """Hold the lock on the leases of this stage; yields the time by the file system's clock, not by this host's."""
+        with open(self.path.with_name(".lock"), "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.debug("%s: no locks on this file system (%s)", file.name, error)
+            try:
+                os.utime(file.name)
+                yield os.stat(file.name).st_mtime
+            finally:  # by hand, as a child forked at this moment shares the open file
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _whereabouts() -> dict[str, str]:
+    """Where a pid means something: the host, and the pid namespace, as containers may share a host name."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"host": socket.gethostname(), "pids": namespace}
+
+
+def _named(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']} (since {holder['started']})"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"
+
+
+def _is_dead(text: str) -> bool:
+    """Whether a lease's holder is known to be dead; a pid that is reused or elsewhere is left to the heartbeat."""
+    try:
+        holder = json.loads(text)
+        if {name: holder[name] for name in ("host", "pids")} != _whereabouts():
+            return False
+        return bool(psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, KeyError, TypeError, psutil.Error):
+        return False
+
+
+def _read_or_move_aside(folder: Path) -> _Manifest | None:
+    try:
+        return _read(folder)
+    except _Damaged as damage:
+        n = 1
+        while (aside := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
+            n += 1
+        folder.rename(aside)
+        log.warning("%s; moved to %s, making it again", damage, aside.name)
+        return None
+
+
+def _read(folder: Path) -> _Manifest | None:
+    """The manifest of a sound result, None if there is no result.
+
+    Raises:
+        _Damaged: a result is there and is not what was published.
+    """
+    if not folder.exists():
+        return None
+    path = folder / MANIFEST
+    try:
+        manifest = _Manifest(**json.loads(path.read_text()))
+        sizes = {folder / name: int(entry["size"]) for name, entry in manifest.files.items()}
+        sums = {folder / name: str(entry["sha256"]) for name, entry in manifest.files.items()}
+        if manifest.version != MANIFEST_VERSION:
+            raise ValueError(f"version {manifest.version}, not {MANIFEST_VERSION}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _Damaged(f"{path}: cannot be read ({error})") from error
+    try:
+        _check_sizes(sizes)
+        seen = (folder, str(manifest.created))
+        if sum(sizes.values()) <= ALWAYS_CHECKSUMMED or seen not in _checksummed:
+            _check_sums(sums)
+            _checksummed.add(seen)
+    except OSError as error:
+        raise _Damaged(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
+    return manifest
+
+
+def _check_sizes(sizes: dict[Path, int]) -> None:
+    for path, size in sizes.items():
+        if (found := path.stat().st_size) != size:
+            raise _Damaged(f"{path}: {found} bytes, its manifest says {size}")
+
+
+def _check_sums(sums: dict[Path, str]) -> None:
+    for path, sha256 in sums.items():
+        with open(path, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise _Damaged(f"{path}: its content has changed, the sha256 is not that of its manifest")
+
+
+def _seal(work: Path) -> dict[str, dict[str, Any]]:
+    """Bring every file under `work` to the disk; size and checksum of each by its relative path."""
+    files: dict[str, dict[str, Any]] = {}
+    for path in sorted(work.rglob("*")):
+        if path.is_dir():
+            _sync_folder(path)
+            continue
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            files[path.relative_to(work).as_posix()] = {"size": file.tell(), "sha256": sha256}
+    assert MANIFEST not in files, f"{MANIFEST} is the store's own file: give the stage's file another name"
+    return files
+
+
+def _write_manifest(work: Path, manifest: _Manifest) -> None:
+    beside = work / f"{MANIFEST}.new"
+    with open(beside, "w") as file:
+        json.dump(asdict(manifest), file, indent=1, sort_keys=True, allow_nan=False)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(work / MANIFEST)
+    _sync_folder(work)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some file systems cannot, and need not, sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def _reset_peak_rss() -> None:
+    with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak is then that since the process started
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_rss_mib() -> float:
+    """The process's largest resident memory since `_reset_peak_rss`, of all its threads."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, others KiB

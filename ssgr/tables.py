@@ -1,0 +1,112 @@
+"""Records as Parquet files, zstd-compressed, and back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ssgr.records import CalibrationSet, Graded, Outcome, Trace, Verdict
+
+_IDS = pa.list_(pa.int32())
+_TRACE = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("generated_ids", _IDS),
+        ("finish", pa.string()),
+        ("seed", pa.int64()),
+        ("on_policy", pa.bool_()),
+    ]
+)
+_VERDICT = [("answer", pa.string()), ("verdict", pa.string()), ("level", pa.int32())]
+_GRADED = pa.schema([*_TRACE, *[pa.field(*column) for column in _VERDICT]])
+_OUTCOME = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("level", pa.int32()),
+        ("verdict", pa.string()),
+        ("answer", pa.string()),
+        ("tokens", pa.int32()),
+        ("finish", pa.string()),
+        ("looping", pa.bool_()),
+    ]
+)
+_ROW = pa.schema(
+    [("id", pa.string()), ("ids", _IDS), ("prompt_tokens", pa.int32()), ("weights", pa.list_(pa.float32()))]
+)
+
+
+def _plain(record: Any) -> dict[str, Any]:
+    return {f.name: getattr(record, f.name) for f in fields(record)}
+
+
+def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    beside = path.with_suffix(".tmp")
+    pq.write_table(pa.Table.from_pylist(rows, schema), beside, compression="zstd")
+    os.replace(beside, path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    return rows
+
+
+def write_traces(path: Path, traces: Sequence[Trace]) -> None:
+    """Write traces."""
+    _write(path, [_plain(trace) for trace in traces], _TRACE)
+
+
+def read_traces(path: Path) -> list[Trace]:
+    """Read what `write_traces` wrote."""
+    return [_trace(row) for row in _read(path)]
+
+
+def _trace(row: dict[str, Any]) -> Trace:
+    return Trace(**{**row, "prompt_ids": tuple(row["prompt_ids"]), "generated_ids": tuple(row["generated_ids"])})
+
+
+def write_graded(path: Path, graded: Sequence[Graded]) -> None:
+    """Write graded traces: a trace's columns, then answer, verdict and level."""
+    rows = [{**_plain(g.trace), "answer": g.answer, "verdict": str(g.verdict), "level": g.level} for g in graded]
+    _write(path, rows, _GRADED)
+
+
+def read_graded(path: Path) -> list[Graded]:
+    """Read what `write_graded` wrote."""
+    own = ("answer", "verdict", "level")
+    return [
+        Graded(
+            _trace({k: v for k, v in row.items() if k not in own}), row["answer"], Verdict(row["verdict"]), row["level"]
+        )
+        for row in _read(path)
+    ]
+
+
+def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
+    """Write the attempts of an evaluation."""
+    _write(path, [{**_plain(o), "verdict": str(o.verdict)} for o in outcomes], _OUTCOME)
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Read what `write_outcomes` wrote."""
+    return [Outcome(**{**row, "verdict": Verdict(row["verdict"])}) for row in _read(path)]
+
+
+def write_rows(path: Path, calibration: CalibrationSet) -> None:
+    """Write the rows of a calibration set with the weight of each token."""
+    pairs = zip(calibration.rows, calibration.weights, strict=True)
+    rows = [{"id": r.id, "ids": r.ids, "prompt_tokens": r.prompt_tokens, "weights": w} for r, w in pairs]
+    _write(path, rows, _ROW)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a calibration set as dictionaries: id, ids, prompt_tokens, weights."""
+    return _read(path)

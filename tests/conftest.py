@@ -1,0 +1,80 @@
+"""Fixtures shared by the tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+from ssgr.model import Model
+
+ROOT = Path(__file__).parent.parent
+SHARED = ROOT.parent / "shared"
+TINY = Model("tiny", "pkg://ssgr.model.tiny/weights", dtype="float32", device="cpu")
+SMALL = (  # a cell that takes seconds
+    "problems.calibration=32",
+    "problems.test=16",
+    "problems.levels=[1,2,3]",
+    "sampler.decoding.attempts=4",
+    "sampler.decoding.max_new_tokens=160",
+    "bench.decoding.attempts=1",
+    "bench.decoding.max_new_tokens=160",
+    "budget.tokens=400",
+    "device=cpu",
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer of the tiny model."""
+    return TINY.tokenizer()
+
+
+def random_model(seed: int = 0, layers: int = 2, vocabulary: int = 64) -> Qwen2ForCausalLM:
+    """A small Qwen2 with random weights, large enough that every layer matters."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,
+    )
+    return Qwen2ForCausalLM(config).eval()
+
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Type `python run.py ...` with a store and output folders of the test's own."""
+
+    def type_(*overrides: str, small: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+        places = (
+            f"store.path={tmp_path / 'store'}",
+            f"hydra.run.dir={tmp_path / 'run'}",
+            f"hydra.sweep.dir={tmp_path / 'sweep'}",
+        )
+        given = {o.split("=")[0] for o in overrides}
+        extra = [o for o in (*places, *(SMALL if small else ())) if o.split("=")[0] not in given]
+        return subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), *overrides, *extra],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+            timeout=300,
+            check=False,
+        )
+
+    return type_

@@ -1,0 +1,109 @@
+"""What a wrong command line says: one clear sentence, exit status 1, no traceback."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BertConfig, BertLMHeadModel
+
+from tests.conftest import TINY, Run
+
+CASES = {
+    "group choice": (["pruner=wnda"], ["pruner", "magnitude", "sparsegpt", "wanda"]),
+    "key in a group": (["pruner.dampening=0.1"], ["pruner.dampening", "damping"]),
+    "key at the top": (["prunr=wanda"], ["prunr", "pruner"]),
+    "added key": (["+pruner.dampening=0.1"], ["pruner", "dampening"]),
+    "empty selection": (["calib=ssgr", "difficulty.low=0.97", "difficulty.high=0.98"], ["128 graded -> ", "difficulty.low="]),
+    "budget over the pool": (["calib=prompts", "budget.tokens=100000"], ["budget.tokens=100000", "budget.tokens="]),
+    "sparsity": (["sparsity.ratio=1.5"], ["sparsity.ratio=1.5", "sparsity.ratio=0.5"]),
+    "sparsity zero": (["sparsity.ratio=0"], ["between 0 and 1"]),
+    "n:m": (["sparsity=n2m4", "sparsity.m=5", "calib=corpus", "bench=smoke"], ["q_proj", "192 inputs", "groups of 5"]),
+    "model path": (["model=local", "model.path=./nowhere"], ["model.path=./nowhere", "config.json"]),
+    "model without path": (["model=local"], ["model.path"]),
+    "problems file": (["problems=jsonl", "problems.path=none.jsonl"], ["none.jsonl", "problems.path=FILE.jsonl"]),
+    "device": (["device=gpu0"], ["gpu0", "cuda"]),
+    "dtype": (["model.dtype=fp8"], ["fp8", "bfloat16"]),
+    "text": (["calib=corpus", "calib.text=no/such.txt", "bench=smoke"], ["calib.text=no/such.txt", "prose"]),
+    "level": (["problems.levels=[12]"], ["1 to 8"]),
+}
+
+
+def told(run: Run, overrides: list[str], wanted: list[str], **environment: str) -> str:
+    done = run(*overrides, **environment)
+    said = done.stdout + done.stderr
+    assert done.returncode == 1, said
+    assert "Traceback" not in said, said
+    for word in wanted:
+        assert word in said, f"{word!r} is not in:\n{said}"
+    return said
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_told_in_a_sentence(case: str, run: Run) -> None:
+    told(run, *CASES[case])
+
+
+def test_a_row_without_an_answer_is_named(run: Run, tmp_path: Path) -> None:
+    rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+2"}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told(run, ["problems=jsonl", "problems.path=x.jsonl", "bench=arithmetic", "problems.columns.id=null"], ["row 2", "answer"])
+
+
+def test_an_unwritable_store(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told(run, [f"store.path={tmp_path / 'file' / 'store'}"], ["store.path=", "cannot be written"])
+
+
+def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> None:
+    model = TINY.load()
+    model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    TINY.tokenizer().save_pretrained(tmp_path / "nan")
+    told(run, ["model=local", f"model.path={tmp_path / 'nan'}"], ["model.layers.2.mlp.up_proj.weight", "NaN"])
+
+
+def test_a_model_without_decoder_blocks(run: Run, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=512, is_decoder=True, max_position_embeddings=600, **size)
+    model = BertLMHeadModel(config)
+    model.config.num_hidden_layers = 5
+    model.save_pretrained(tmp_path / "bert")
+    TINY.tokenizer().save_pretrained(tmp_path / "bert")
+    said = run("model=local", f"model.path={tmp_path / 'bert'}", "calib=corpus", "bench=smoke")
+    assert said.returncode == 1
+    assert "Traceback" not in said.stderr
+
+
+def test_a_failed_cell_does_not_stop_the_others(run: Run, tmp_path: Path) -> None:
+    done = run("-m", "sparsity.ratio=0.5,1.5", "calib=corpus", "bench=smoke")
+    assert done.returncode == 1
+    assert "1 of 2 cells failed" in done.stderr and "sparsity.ratio=1.5" in done.stderr
+    assert (tmp_path / "sweep" / "0" / "result.json").exists()
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_the_whole_traceback_on_request(run: Run) -> None:
+    done = run("sparsity.ratio=1.5", HYDRA_FULL_ERROR="1")
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr and "sparsity.ratio=1.5" in done.stderr
+
+
+def test_remote_code_is_not_run(run: Run, tmp_path: Path) -> None:
+    """A checkpoint that brings its own code runs none of it unless model.trust_remote_code=true."""
+    TINY.tokenizer().save_pretrained(tmp_path / "evil")
+    config = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+    (tmp_path / "evil" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "evil" / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    told(run, ["model=local", f"model.path={tmp_path / 'evil'}"], ["model.trust_remote_code=true"])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_wrong_report_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ssgr.report.__main__ import main
+
+    assert main([str(tmp_path)]) == 1
+    assert "no result.json at or below" in capsys.readouterr().err

@@ -1,0 +1,103 @@
+"""Every YAML is composed, instantiated and explained."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from ssgr import keys
+from ssgr.pipeline import Experiment
+
+ROOT = Path(__file__).parent.parent
+CONF = ROOT / "conf"
+YAMLS = sorted(CONF.rglob("*.yaml"))
+CHOICES = [y for y in YAMLS if y.parent != CONF]
+NEEDS = {  # what a choice cannot know by itself
+    "model/local": ["model.path=."],
+    "problems/jsonl": ["problems.path=x.jsonl"],
+    "problems/hub": ["problems.path=some/dataset"],
+    "sampler/replay": ["sampler.engine.path=x.parquet"],
+}
+
+
+def _run_module() -> Any:
+    spec = importlib.util.spec_from_file_location("run", ROOT / "run.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+RUN = _run_module()
+
+
+def build(*overrides: str) -> Experiment:
+    """The experiment of a command line."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        experiment: Experiment = RUN.build(compose("config", list(overrides)))
+    return experiment
+
+
+@pytest.mark.parametrize("file", CHOICES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_every_choice_composes_and_instantiates(file: Path) -> None:
+    group, choice = file.parent.name, file.stem
+    sign = "+" if group == "experiment" else ""
+    overrides = [f"{sign}{group}={choice}".replace("+experiment", "experiment"), *NEEDS.get(f"{group}/{choice}", [])]
+    assert isinstance(build(*overrides), Experiment)
+
+
+@pytest.mark.parametrize("file", YAMLS, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def test_every_key_has_a_comment(file: Path) -> None:
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        key = re.match(r"^\s*([\w/@.]+):\s*(\S.*)?$", line)
+        if key is None or key[1] == "_target_" or not key[2]:
+            continue  # a comment, a list item, a section
+        assert re.search(r"\s#\s\w", line), f"{file.relative_to(ROOT)}:{number}: {line!r} has no comment"
+
+
+def test_ssgr_implies_hard_and_medium() -> None:
+    x = build("calib=ssgr")
+    assert (x.policy.difficulty.name, x.policy.length.name) == ("hard", "medium")
+
+
+def test_the_command_line_wins() -> None:
+    x = build("calib=ssgr", "length=long", "difficulty=any")
+    assert (x.policy.difficulty.name, x.policy.length.name) == ("any", "long")
+
+
+@pytest.mark.parametrize("calib", ["self", "corpus", "written"])
+def test_other_sources_imply_no_filter(calib: str) -> None:
+    x = build(f"calib={calib}")
+    assert (x.policy.difficulty.name, x.policy.length.name) == ("any", "any")
+
+
+def test_what_cannot_change_a_result_is_in_no_key() -> None:
+    a, b = build(), build("device=cpu", "sampler.engine.batch_size=7", "store.path=elsewhere")
+    assert keys.key("s", 1, [a.model, a.sampler], {}) == keys.key("s", 1, [b.model, b.sampler], {})
+    c = build("sampler.decoding.temperature=1.0")
+    assert keys.key("s", 1, a.decoding, {}) != keys.key("s", 1, c.decoding, {})
+
+
+@pytest.mark.parametrize("name", [f.stem for f in (CONF / "experiment").glob("*.yaml")])
+def test_every_experiment_is_a_sweep_with_draws(name: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("config", [f"experiment={name}"], return_hydra_config=True)
+    params = OmegaConf.to_container(cfg.hydra.sweeper.params)
+    assert isinstance(params, dict) and "calib.draw" in params
+    assert cfg.hydra.mode == hydra.types.RunMode.MULTIRUN
+    assert cfg.problems.test >= 512
+
+
+def test_config_groups_are_the_agreed_ones() -> None:
+    groups = {p.name for p in CONF.iterdir() if p.is_dir()}
+    assert {"model", "problems", "sampler", "grader", "calib", "difficulty", "length", "scope", "pruner", "sparsity",
+            "bench", "experiment"} <= groups  # fmt: skip

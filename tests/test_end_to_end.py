@@ -1,0 +1,138 @@
+"""The chain as a user runs it: python run.py on the model that ships."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ssgr import tables
+from tests.conftest import ROOT, SMALL, Run
+
+SCHEMA = {
+    "config": {}, "keys": {}, "versions": {}, "stages": {},
+    "calibration": {"source", "rows", "tokens", "funnel"},
+    "prune": {"pruner", "sparsity_target", "sparsity_realised", "layers", "checkpoint"},
+    "scores": {"dense", "pruned"},
+    "delta": {"accuracy", "ci95"},
+}  # fmt: skip
+SCORE = {"bench", "problems", "attempts", "accuracy", "ci95", "pass_at_k", "maj_at_k", "mean_tokens", "truncated", "looping",
+         "no_answer", "grader_failed", "seconds", "by_level"}  # fmt: skip
+
+
+def result(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return found
+
+
+def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
+    """The whole chain once; the second time everything comes from the store."""
+    first = run("calib=self")
+    assert first.returncode == 0, first.stderr
+    assert "dense" in first.stdout and "difference to dense" in first.stdout
+    one = result(tmp_path / "run")
+    assert set(one) == set(SCHEMA)
+    for name, fields in SCHEMA.items():
+        assert fields <= set(one[name])
+    for score in one["scores"].values():
+        assert set(score) >= SCORE
+    assert all(set(s) == {"seconds", "cached", "peak_rss_mib"} for s in one["stages"].values())
+    assert one["calibration"]["tokens"]["realised"] == one["calibration"]["tokens"]["asked"] == 400
+    assert one["prune"]["sparsity_realised"] == pytest.approx(0.5, abs=0.005)
+    assert one["scores"]["dense"]["accuracy"] > 0.7, "the shipped model solves one to three operations"
+
+    checkpoint = tmp_path / "run" / "checkpoint"
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
+    assert AutoTokenizer.from_pretrained(checkpoint).chat_template
+    weight = model.model.layers[0].mlp.down_proj.weight
+    assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+    rows = tables.read_rows(tmp_path / "run" / "calibration.parquet")
+    assert sum(len(r["ids"]) for r in rows) == 400 and all("#" in r["id"] for r in rows)
+    assert any((tmp_path / "run").glob("*.log"))
+
+    second = run("calib=self")
+    assert second.returncode == 0, second.stderr
+    two = result(tmp_path / "run")
+    assert all(stage["cached"] for stage in two["stages"].values())
+    assert two["scores"] == one["scores"] and two["keys"] == one["keys"]
+    assert "10 stages read from the store, 0 made" in second.stdout + second.stderr
+
+
+def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
+    done = run("-m", "calib=corpus,ssgr,matched", "pruner=magnitude,wanda", "difficulty=any", "length=medium")
+    assert done.returncode == 0, done.stderr
+    cells = [result(tmp_path / "sweep" / str(i)) for i in range(6)]
+    store = tmp_path / "store"
+    made = {stage: len(list((store / stage).glob("*/manifest.json"))) for stage in ("sample", "grade", "select", "prune")}
+    # one pool of traces, one dense and four pruned evaluations: magnitude does not depend on the calibration
+    assert made == {"sample": 1 + 1 + 4, "grade": 1 + 1 + 4, "select": 3, "prune": 1 + 3}
+    by = {(c["calibration"]["source"], c["prune"]["pruner"]): c for c in cells}
+    assert by["corpus", "magnitude"]["keys"]["prune"] == by["ssgr", "magnitude"]["keys"]["prune"]
+    matched, ssgr = by["matched", "wanda"]["calibration"], by["ssgr", "wanda"]["calibration"]
+    assert matched["rows"] == ssgr["rows"] and matched["tokens"]["realised"] == ssgr["tokens"]["realised"]
+    assert done.stdout.count("corpus") >= 2
+    assert "length=medium has no effect on calib=corpus" in done.stdout + done.stderr
+
+    for form, mark in (("text", "│"), ("markdown", "| --- |"), ("csv", "calib,")):
+        command = [sys.executable, "-m", "ssgr.report", str(tmp_path / "sweep"), "--format", form]
+        report = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        assert mark in report.stdout and "matched" in report.stdout
+        assert len([line for line in report.stdout.splitlines() if "wanda" in line]) == 3
+
+
+def test_the_command_line_beats_what_a_source_implies(run: Run, tmp_path: Path) -> None:
+    done = run("-m", "calib=ssgr", "length=short,long", "difficulty=any", "bench=smoke", "budget.tokens=200")
+    assert done.returncode == 0, done.stderr
+    funnels = [result(tmp_path / "sweep" / str(i))["calibration"]["funnel"] for i in range(2)]
+    assert [f[3][0] for f in funnels] == ["length short", "length long"]
+
+
+def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:
+    """SIGKILL in the middle of sampling; the next run takes over the lease and samples only the rest."""
+    places = [f"store.path={tmp_path / 'store'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    small = [*SMALL, "sampler.engine.batch_size=8", "problems.calibration=200", "calib=self"]
+    command = [sys.executable, str(ROOT / "run.py"), *places, *small]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    work = tmp_path / "store" / "sample"
+    deadline = time.monotonic() + 120
+    parts: list[Path] = []
+    while len(parts) < 3 and time.monotonic() < deadline and process.poll() is None:
+        parts = list(work.glob("*.work/parts/*.parquet"))
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    parts = list(work.glob("*.work/parts/*.parquet"))
+    before = {p: p.stat().st_mtime_ns for p in parts}
+    assert len(parts) >= 3
+    assert not list((tmp_path / "store" / "select").glob("*/manifest.json"))
+    done = run("sampler.engine.batch_size=8", "problems.calibration=200", "calib=self")
+    assert done.returncode == 0, done.stderr
+    assert not list(work.glob("*.work")) and not list(work.glob("*.lease"))
+    clean = run("calib=self", "problems.calibration=200", "sampler.engine.batch_size=8", f"store.path={tmp_path / 'other'}",
+                f"hydra.run.dir={tmp_path / 'run2'}")  # fmt: skip
+    assert clean.returncode == 0, clean.stderr
+    assert before and result(tmp_path / "run")["scores"]["pruned"]["accuracy"] == result(tmp_path / "run2")["scores"]["pruned"]["accuracy"]
+    a, b = (pq.read_table(tmp_path / r / "calibration.parquet") for r in ("run", "run2"))
+    assert a.equals(b)
+
+
+def test_a_damaged_artefact_is_made_again(run: Run, tmp_path: Path) -> None:
+    assert run("bench=smoke", "calib=corpus").returncode == 0
+    weights = next((tmp_path / "store" / "prune").glob("*/checkpoint/model.safetensors"))
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    again = run("bench=smoke", "calib=corpus")
+    assert again.returncode == 0
+    assert "model.safetensors" in again.stdout + again.stderr
+    stages = result(tmp_path / "run")["stages"]
+    assert not stages["prune"]["cached"] and stages["select"]["cached"]

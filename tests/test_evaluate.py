@@ -1,0 +1,125 @@
+"""Scores and their intervals, against closed forms and scipy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
+from ssgr.records import Graded, Outcome, Trace, Verdict
+from ssgr.stages.evaluate import difference, is_looping, outcomes, score
+
+
+def outcome(problem: str, attempt: int, right: bool, answer: str | None = None, tokens: int = 10) -> Outcome:
+    verdict = Verdict.RIGHT if right else Verdict.WRONG
+    return Outcome(problem, attempt, 1, verdict, answer or str(right), tokens, "stop", False)
+
+
+def test_wilson_with_one_attempt_is_wilson() -> None:
+    right = np.array([[1.0]] * 30 + [[0.0]] * 10)
+    want = stats.binomtest(30, 40).proportion_ci(method="wilson")
+    got = wilson(right)
+    assert got == pytest.approx((want.low, want.high), abs=0.006)  # the variance is estimated with n - 1
+
+
+def test_attempts_at_one_problem_are_not_independent() -> None:
+    column = np.array([1.0] * 30 + [0.0] * 10)
+    same = np.stack([column] * 8, 1)  # eight attempts that always agree tell no more than one
+    assert wilson(same) == pytest.approx(wilson(column[:, None]))
+
+
+def test_a_perfect_score_is_not_certain() -> None:
+    low, high = wilson(np.ones((50, 4)))
+    assert low == pytest.approx(1 / (1 + 1.96**2 / 50), abs=1e-3)
+    assert high == 1
+
+
+def test_wilson_covers_its_mean_95_times_in_100() -> None:
+    rng = np.random.default_rng(0)
+    chance = rng.beta(2, 1, size=(2000, 60))
+    hits = 0
+    for p in chance:
+        low, high = wilson((rng.random((60, 4)) < p[:, None]).astype(float))
+        hits += low <= 2 / 3 <= high
+    assert 0.93 <= hits / 2000 <= 0.97
+
+
+def test_bootstrap_is_that_of_scipy() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.random(80), rng.random(80)
+    want = stats.bootstrap((a - b,), np.mean, method="percentile", n_resamples=9999, rng=np.random.default_rng(2))
+    got = paired_bootstrap(a, b)
+    assert got == pytest.approx((want.confidence_interval.low, want.confidence_interval.high), abs=0.01)
+
+
+def test_bootstrap_over_draws_is_wider() -> None:
+    rng = np.random.default_rng(3)
+    draws = [np.clip(rng.normal(0.5 + shift, 0.05, 400), 0, 1) for shift in (-0.2, 0.0, 0.2)]
+    narrow, wide = cluster_bootstrap([np.mean(draws, 0)]), cluster_bootstrap(draws)
+    assert wide[1] - wide[0] > 5 * (narrow[1] - narrow[0])
+
+
+@pytest.mark.parametrize(("right", "n", "k"), [(0, 5, 2), (3, 8, 4), (5, 5, 1), (7, 8, 8), (2, 6, 5)])
+def test_pass_at_k_counts_subsets(right: int, n: int, k: int) -> None:
+    outcomes_ = [True] * right + [False] * (n - right)
+    subsets = list(itertools.combinations(outcomes_, k))
+    assert pass_at_k(right, n, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_majority() -> None:
+    assert majority(["7", "7", "8"], [True, True, False]) == 1
+    assert majority(["7", "8", "8"], [True, False, False]) == 0
+    assert majority(["7", "8"], [True, False]) == 0.5
+    assert majority([None, None, "7"], [False, False, True]) == 1  # no answer has no vote
+    assert majority([None, None], [False, False]) == 0
+
+
+def test_score_counts() -> None:
+    attempts = [outcome("a", 0, True), outcome("a", 1, False, tokens=30), outcome("b", 0, True), outcome("b", 1, True)]
+    found = score("x", attempts, 2.0)
+    assert (found.problems, found.attempts, found.accuracy) == (2, 2, 0.75)
+    assert found.pass_at_k == {"1": 0.75, "2": 1.0}
+    assert found.maj_at_k == 0.75
+    assert (found.mean_tokens, found.tokens_per_second) == (15, 30)
+    assert found.by_level == {"1": 0.75}
+
+
+def test_how_responses_end_is_told() -> None:
+    def graded(ids: tuple[int, ...], finish: str, verdict: Verdict) -> Graded:
+        return Graded(Trace("p", len(ids), (1,), ids, finish, 0), None, verdict, 1)  # type: ignore[arg-type]
+
+    attempts = outcomes(
+        [
+            graded((5, 6) * 40, "length", Verdict.NO_ANSWER),
+            graded(tuple(range(70)), "length", Verdict.NO_ANSWER),
+            graded((5, 6) * 30, "stop", Verdict.RIGHT),
+            graded((1, 2, 3), "stop", Verdict.GRADER_FAILED),
+        ]
+    )
+    found = score("x", attempts, 1.0)
+    assert (found.truncated, found.looping, found.no_answer, found.grader_failed) == (0.5, 0.25, 0.5, 0.25)
+
+
+@pytest.mark.parametrize("period", [1, 2, 7, 30, 128])
+def test_loops_are_seen(period: int) -> None:
+    start = list(range(1000, 1200))
+    assert is_looping(start + list(range(period)) * max(4, -(-33 // period)))
+    assert not is_looping(start + list(range(period)) * 3) or period == 1 and not is_looping([*start, 0, 0, 0])
+
+
+def test_counting_and_short_repeats_are_no_loops() -> None:
+    assert not is_looping(list(range(500)))
+    assert not is_looping([1] * 8)
+    assert not is_looping([])
+    assert not is_looping([*([1, 2] * 100), 3])
+
+
+def test_difference_is_paired() -> None:
+    dense = [outcome(f"p{i}", 0, i < 70) for i in range(100)]
+    worse = [outcome(f"p{i}", 0, i < 60) for i in range(100)]
+    found = difference(list(reversed(worse)), dense)
+    assert found["accuracy"] == pytest.approx(-0.1)
+    assert -0.17 < found["ci95"][0] < found["ci95"][1] < -0.03  # unpaired it would reach zero

@@ -1,0 +1,155 @@
+"""Problems: generated ones with disjoint splits, and tables with a column mapping."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from ssgr import arithmetic, prose
+from ssgr.problems import checked
+from ssgr.problems.arithmetic import ArithmeticProblems
+from ssgr.problems.table import Columns, HubProblems, JsonlProblems
+from ssgr.records import Problem
+from tests.conftest import SHARED
+
+LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+def test_splits_are_disjoint_by_construction() -> None:
+    """Whatever the seed, a problem is in one split only, also with its commutative operands exchanged."""
+    seen: dict[str, set[object]] = {split: set() for split in arithmetic.SPLITS}
+    for split in arithmetic.SPLITS:
+        for seed in range(3):
+            rng = random.Random(seed)
+            seen[split] |= {arithmetic._canonical(arithmetic.generate(1 + i % 3, split, rng).tree) for i in range(600)}
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["calibration"]
+    assert not seen["calibration"] & seen["test"]
+    assert arithmetic.split_of(("+", 12, ("*", 3, 7))) == arithmetic.split_of(("+", ("*", 7, 3), 12))
+
+
+def test_questions_of_the_two_splits_differ() -> None:
+    problems = ArithmeticProblems(LEVELS, 512, 256, 0)
+    calibration, test = problems.read("calibration"), problems.read("test")
+    assert not {p.question for p in calibration} & {p.question for p in test}
+    assert len({p.question for p in test}) == 256
+    assert problems.read("test") == test != ArithmeticProblems(LEVELS, 512, 256, 1).read("test")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_expressions_have_their_answer_and_level(level: int) -> None:
+    for problem in (arithmetic.generate(level, "train", random.Random(i)) for i in range(50)):
+        assert problem.level == level
+        assert eval(arithmetic.text(problem.tree)) == problem.answer == arithmetic.value(problem.tree)
+        if expression := re.search(r"(?:Compute|What is|value of) ([\d+*()-]+)[.?]$", problem.question):
+            assert eval(expression[1]) == problem.answer
+        assert 0 <= problem.answer <= arithmetic.MAX_VALUE
+
+
+def test_steps_reduce_the_expression_to_its_value() -> None:
+    for i in range(100):
+        tree = arithmetic.generate(6, "train", random.Random(i)).tree
+        steps = arithmetic.steps(tree)
+        assert len(steps) == 6
+        assert all(eval(rest) == arithmetic.value(tree) for *_, rest in steps)
+        assert all(arithmetic.apply(op, a, b) == c for op, a, b, c, _ in steps)
+
+
+def test_stories_tell_the_operations_in_order() -> None:
+    tree = ("*", ("-", ("+", 10, 5), 3), 4)
+    story = arithmetic._story(tree, random.Random(0))
+    assert [int(n) for n in re.findall(r"\d+", story)] == [10, 5, 3, 4]
+
+
+def test_bad_levels_and_counts_are_refused() -> None:
+    with pytest.raises(ValueError, match="valid levels are 1 to 8"):
+        ArithmeticProblems((9,), 1, 1, 0).read("test")
+    with pytest.raises(ValueError, match=r"problems\.test=5000: level 1 has no more than about"):
+        ArithmeticProblems((1,), 1, 5000, 0).read("test")
+    with pytest.raises(ValueError, match="at least one"):
+        ArithmeticProblems((), 1, 1, 0)
+
+
+def test_prose_has_no_numbers() -> None:
+    text = prose.document(random.Random(0), 20_000)
+    assert len(text) >= 20_000 and not re.search(r"[\d+*=]", text)
+
+
+def write(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows))
+    return path
+
+
+def test_jsonl_with_a_column_mapping(tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [{"q": f"question {i}", "a": f"so #### {i}", "lvl": "Level 3"} for i in range(40)])
+    problems = JsonlProblems(str(file), Columns(question="q", answer="a", level="lvl", answer_after="####"))
+    calibration, test = problems.read("calibration"), problems.read("test")
+    assert len(calibration) + len(test) == 40 and test
+    assert {p.id for p in calibration}.isdisjoint(p.id for p in test)
+    assert {p.answer for p in calibration + test} == {str(i) for i in range(40)}
+    assert {p.level for p in test} == {3}
+
+
+def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
+    train = write(tmp_path / "a.jsonl", [{"problem": "1+1", "answer": "2"}])
+    test = write(tmp_path / "b.jsonl", [{"problem": "1+2", "answer": "3"}])
+    problems = JsonlProblems(str(train), Columns(), str(test))
+    assert [p.answer for p in problems.read("calibration")] == ["2"]
+    assert [p.answer for p in problems.read("test")] == ["3"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": "x"}, r"row 2: no answer in column 'answer'; its columns are problem\. Type problems\.columns\.answer="),
+        ({"answer": "x"}, "row 2: no question in column 'problem'"),
+        ("{oops", "row 2: not JSON"),
+        ("[1]", "row 2: a row must be a JSON object"),
+    ],
+)
+def test_a_bad_row_is_named(row: object, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "x.jsonl", [{"problem": "1+1", "answer": "2"}, row])
+    with pytest.raises(ValueError, match=message):
+        JsonlProblems(str(file), Columns()).read("calibration")
+
+
+def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"there is no such file; type problems\.path"):
+        JsonlProblems("nowhere.jsonl", Columns()).read("test")
+    with pytest.raises(ValueError, match="holds no problems"):
+        JsonlProblems(str(write(tmp_path / "x.jsonl", [])), Columns()).read("test")
+
+
+def test_double_ids_are_refused() -> None:
+    with pytest.raises(ValueError, match="'a' is given twice"):
+        checked([Problem("a", "1", "1"), Problem("a", "2", "2")], "here")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hub_reads_a_local_dataset_folder(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"question": f"q{i}", "answer": f"work #### {i}"} for i in range(30)])
+    columns = Columns("question", "answer", solution="answer", answer_after="####")
+    problems = HubProblems(str(tmp_path), columns)
+    both = problems.read("calibration") + problems.read("test")
+    assert {p.answer for p in both} == {str(i) for i in range(30)}
+    assert both[0].solution is not None and both[0].solution.startswith("work")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_hub_says_what_cannot_be_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"problems\.path=.*nothing.* cannot be loaded"):
+        HubProblems(str(tmp_path / "nothing"), Columns()).read("test")
+
+
+def test_real_problem_files(tmp_path: Path) -> None:
+    folder = SHARED / "data" / "problems"
+    if not folder.exists():
+        pytest.skip("the real problem sets (shared/data) are not on this machine")
+    problems = JsonlProblems(str(folder / "math_pool.jsonl"), Columns(id="id", level="level", solution="solution"))
+    both = problems.read("calibration") + problems.read("test")
+    assert len(both) == 1500
+    assert {p.level for p in both} == {1, 2, 3, 4, 5} and all(p.solution for p in both)

@@ -1,0 +1,191 @@
+"""Sampling: the right distribution, the right ends, the same traces whatever the batch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from ssgr.problems.arithmetic import ArithmeticProblems
+from ssgr.records import Trace
+from ssgr.sampler import Decoding, Request
+from ssgr.sampler.hf import HfSampler, decode, pick, stop_ids
+from ssgr.sampler.replay import ReplaySampler
+from ssgr.stages.sample import sample
+from ssgr.tables import read_traces, write_traces
+from tests.conftest import TINY, random_model
+
+SAMPLING = Decoding(2, 0.6, 0.95, 120, 0)
+GREEDY = Decoding(1, 0.0, 1.0, 80, 0)
+
+
+def requests(tokenizer: PreTrainedTokenizerBase, problems: int = 12, attempts: int = 2) -> list[Request]:
+    drawn = ArithmeticProblems((1, 2), 1, problems, 5).read("test")
+    return [Request(p.id, a, TINY.prompt_ids(tokenizer, p.question)) for p in drawn for a in range(attempts)]
+
+
+def nucleus(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Top-p by its definition: sort all, keep the smallest set whose mass reaches top_p."""
+    p = (logits.double() / temperature).softmax(0)
+    order = p.argsort(descending=True)
+    before = p[order].cumsum(0) - p[order]
+    kept = order[before < top_p]
+    out = torch.zeros_like(p)
+    out[kept] = p[kept] / p[kept].sum()
+    return out
+
+
+@pytest.mark.parametrize(("scale", "vocabulary"), [(3.0, 40), (3.0, 400), (0.05, 400)])
+def test_pick_draws_from_the_nucleus(scale: float, vocabulary: int) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(vocabulary) * scale
+    want = nucleus(logits, 0.6, 0.95)
+    n = 20_000
+    uniform = torch.rand(n, dtype=torch.float64)
+    got = torch.bincount(pick(logits.repeat(n, 1), uniform, SAMPLING), minlength=vocabulary)
+    assert not got[want == 0].any()
+    likely = want * n > 5
+    expected = want[likely] / want[likely].sum() * got[likely].sum()
+    assert stats.chisquare(got[likely], expected).pvalue > 1e-4
+
+
+def test_pick_is_the_inverse_distribution_function() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0]])
+    p = nucleus(logits[0], 1.0, 1.0)
+    decoding = Decoding(1, 1.0, 1.0, 1, 0)
+    edge = float(p[1])
+    assert int(pick(logits, torch.tensor([edge - 1e-6]).double(), decoding)) == 1
+    assert int(pick(logits, torch.tensor([edge + 1e-6]).double(), decoding)) == 2
+    assert int(pick(logits, torch.tensor([0.0]).double(), decoding)) == 1
+    assert int(pick(logits, torch.tensor([1 - 1e-12]).double(), decoding)) == 0
+
+
+def test_greedy_decoding_is_that_of_generate(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = requests(tokenizer, attempts=1)
+    got = decode(model, rows, GREEDY, stop_ids(model, tokenizer))
+    config = GenerationConfig(do_sample=False, max_new_tokens=80, eos_token_id=1, pad_token_id=2)
+    for row, trace in zip(rows, got, strict=True):
+        want = model.generate(torch.tensor([row.prompt_ids]), generation_config=config)[0, len(row.prompt_ids) :]
+        assert list(trace.generated_ids) == want.tolist()
+        assert trace.prompt_ids == row.prompt_ids
+
+
+def test_traces_do_not_depend_on_the_batch(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = requests(tokenizer)
+    traces = []
+    for size in (1, 5, 64):
+        found = [t for batch in HfSampler(size).sample(model, tokenizer, rows, SAMPLING) for t in batch]
+        traces.append({(t.problem_id, t.attempt): t.generated_ids for t in found})
+    assert traces[0] == traces[1] == traces[2]
+
+
+def test_seeds_and_attempts_differ(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = requests(tokenizer, problems=8, attempts=2)
+    other = Decoding(2, 0.6, 0.95, 120, 1)
+    a, b, c = (
+        [t.generated_ids for t in decode(model, rows, d, stop_ids(model, tokenizer))] for d in (SAMPLING, SAMPLING, other)
+    )
+    assert a == b != c
+    assert any(x != y for x, y in zip(a[::2], a[1::2], strict=True))
+
+
+def test_stop_and_length_finish_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = requests(tokenizer)
+    whole = decode(model, rows, SAMPLING, stop_ids(model, tokenizer))
+    assert all((t.generated_ids[-1] == tokenizer.eos_token_id) == (t.finish == "stop") for t in whole)
+    assert all(tokenizer.eos_token_id not in t.generated_ids[:-1] for t in whole)
+    cut = decode(model, rows, Decoding(2, 0.6, 0.95, 4, 0), stop_ids(model, tokenizer))
+    assert all(t.finish == "length" and len(t.generated_ids) == 4 for t in cut)
+    assert all(a.generated_ids[:4] == b.generated_ids for a, b in zip(whole, cut, strict=True))
+
+
+def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Request("long", 0, tuple(range(100)))]
+    with pytest.raises(ValueError, match="the prompt of long has 100 tokens.*context is 128; type max_new_tokens=28"):
+        list(HfSampler(2).sample(random_model(), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
+
+
+def test_a_killed_run_samples_only_what_is_missing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    problems = ArithmeticProblems((1,), 1, 6, 5).read("test")
+
+    class Killed(Exception):
+        pass
+
+    class Dying:
+        """Gives two batches, then dies."""
+
+        wants_model = True
+
+        def key_path(self) -> None:
+            return None
+
+        def sample(self, model, tokenizer, requests, decoding):  # type: ignore[no-untyped-def]
+            for n, batch in enumerate(HfSampler(4).sample(model, tokenizer, requests, decoding)):
+                if n == 2:
+                    raise Killed
+                yield batch
+
+    class Counting(Dying):
+        """Counts what it is asked for."""
+
+        asked = 0
+
+        def sample(self, model, tokenizer, requests, decoding):  # type: ignore[no-untyped-def]
+            self.asked += len(requests)
+            yield from HfSampler(4).sample(model, tokenizer, requests, decoding)
+
+    def prompt(question: str) -> tuple[int, ...]:
+        return TINY.prompt_ids(tokenizer, question)
+
+    with pytest.raises(Killed):
+        sample(TINY.load, tokenizer, prompt, problems, Dying(), SAMPLING, tmp_path)
+    assert not (tmp_path / "traces.parquet").exists()
+    second = Counting()
+    got = sample(TINY.load, tokenizer, prompt, problems, second, SAMPLING, tmp_path)
+    assert second.asked == 12 - 8
+    other = tmp_path / "undisturbed"
+    other.mkdir()
+    assert got == sample(TINY.load, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)
+    assert read_traces(tmp_path / "traces.parquet") == got
+
+
+def saved(tmp_path: Path, suffix: str) -> tuple[Path, list[Trace]]:
+    traces = [Trace(f"p{i}", a, (1, 2), (3, 4, i, a), "stop", 9, False) for i in range(3) for a in range(2)]
+    file = tmp_path / f"traces{suffix}"
+    if suffix == ".parquet":
+        write_traces(file, traces)
+    else:
+        names = ("problem_id", "attempt", "prompt_ids", "generated_ids", "finish", "seed")
+        file.write_text("\n".join(json.dumps({n: getattr(t, n) for n in names}) for t in traces))
+    return file, traces
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_replay_gives_back_what_was_saved(suffix: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file, traces = saved(tmp_path, suffix)
+    rows = [Request(t.problem_id, t.attempt, (7,)) for t in traces]
+    assert list(ReplaySampler(str(file)).sample(None, tokenizer, rows, SAMPLING)) == [traces]
+
+
+def test_replay_names_the_first_missing_attempt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file, _ = saved(tmp_path, ".jsonl")
+    with pytest.raises(ValueError, match="lacks 1 of 1 traces, the first is attempt 5 of p0"):
+        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
+    with pytest.raises(ValueError, match="no such file"):
+        list(ReplaySampler("nowhere.jsonl").sample(None, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
+
+
+@pytest.mark.parametrize("bad", [{"attempts": 0}, {"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}])
+def test_bad_decoding_is_refused(bad: dict[str, float]) -> None:
+    good = {"attempts": 1, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 5, "seed": 0}
+    with pytest.raises(ValueError, match="at least 1|0 < top_p"):
+        Decoding(**{**good, **bad})  # type: ignore[arg-type]

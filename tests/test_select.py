@@ -1,0 +1,189 @@
+"""Difficulty, length, scope and the draw under a budget."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssgr.difficulty import Difficulty, wrong_shares
+from ssgr.length import Length
+from ssgr.records import Graded, Row, Trace, Verdict
+from ssgr.scope import Scope
+from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, match
+
+ANY = Difficulty("any", 0, 1, True, True)
+HARD = Difficulty("hard", 0.5, 1, False, False)
+EVERY = Length("any", "percentile", None, None)
+MEDIUM = Length("medium", "percentile", 33.333, 66.667)
+
+
+def graded(problem: str, attempt: int, right: bool, length: int, level: int = 1) -> Graded:
+    trace = Trace(problem, attempt, (1, 2, 3), tuple(range(length)), "stop", 0)
+    return Graded(trace, "7", Verdict.RIGHT if right else Verdict.WRONG, level)
+
+
+def pool(seed: int = 0, problems: int = 60) -> list[Graded]:
+    """Problems whose chance of being right falls, and whose length grows, with their level."""
+    rng = random.Random(seed)
+    out = []
+    for p in range(problems):
+        level = 1 + p % 4
+        out += [graded(f"p{p}", a, rng.random() < 1.1 - level / 4, level * 10 + rng.randrange(40), level) for a in range(8)]
+    return out
+
+
+def test_wrong_share_leaves_out_what_the_grader_failed_on() -> None:
+    traces = [graded("a", 0, True, 5), graded("a", 1, False, 5)]
+    failed = Graded(traces[0].trace, None, Verdict.GRADER_FAILED)
+    assert wrong_shares([*traces, failed]) == {"a": 0.5}
+    assert wrong_shares([failed]) == {}
+
+
+def test_never_and_always_solved_are_options() -> None:
+    assert not HARD.holds(1.0)
+    assert Difficulty("hard", 0.5, 1, False, True).holds(1.0)
+    assert Difficulty("easy", 0, 0.25, True, False).holds(0.0)
+    assert not Difficulty("easy", 0, 0.25, False, False).holds(0.0)
+    assert HARD.holds(0.5) and not HARD.holds(0.49)
+
+
+def test_percentile_bands_part_the_eligible_traces() -> None:
+    lengths = random.Random(0).sample(range(1000), 300)
+    bands = [Length("s", "percentile", None, 33.333), MEDIUM, Length("l", "percentile", 66.667, None)]
+    held = [band.holding(lengths) for band in bands]
+    assert all(sum(column) == 1 for column in zip(*held, strict=True))
+    assert all(abs(sum(h) - 100) <= 1 for h in held)
+
+
+def test_token_bands_are_absolute() -> None:
+    assert Length("l", "tokens", 10, 20).holding([9, 10, 19, 20]) == [False, True, True, False]
+
+
+@pytest.mark.parametrize("bad", [{"low": 0.6, "high": 0.5}, {"low": -1, "high": 0.5}, {"low": 0.5, "high": 2}])
+def test_bad_difficulty_bands_are_refused(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match=r"difficulty=x.*such as difficulty\.low"):
+        Difficulty("x", always_solved=True, never_solved=True, **bad)
+
+
+def test_bad_length_bands_are_refused() -> None:
+    with pytest.raises(ValueError, match="valid units are percentile, tokens"):
+        Length("x", "words", 0, 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no band of percentile"):
+        Length("x", "percentile", 50, 120)
+
+
+def test_scope_weighs_prompt_and_response() -> None:
+    row = Row((1, 2, 3, 4, 5), 2, "r")
+    assert Scope("both").weights(row) == (1, 1, 1, 1, 1)
+    assert Scope("response").weights(row) == (0, 0, 1, 1, 1)
+    assert Scope("prompt").weights(row) == (1, 1, 0, 0, 0)
+
+
+def test_funnel_counts_every_filter() -> None:
+    traces = pool()
+    found = eligible(traces, "right", Policy(HARD, MEDIUM))
+    wrong = wrong_shares(traces)
+    right = [g for g in traces if g.verdict is Verdict.RIGHT]
+    hard = [g for g in right if 0.5 <= wrong[g.trace.problem_id] < 1]
+    assert [n for _, n in found.funnel[:3]] == [len(traces), len(right), len(hard)]
+    assert found.funnel[3][1] == len(found.rows) > 0
+    ids = {row.id for row in found.rows}
+    assert ids <= {f"{g.trace.problem_id}#{g.trace.attempt}" for g in hard}
+
+
+def test_rows_are_prompt_and_generated_ids_as_they_came() -> None:
+    row = eligible([graded("a", 0, True, 4)], "right", Policy(ANY, EVERY)).rows[0]
+    assert row.ids == (1, 2, 3, 0, 1, 2, 3) and row.prompt_tokens == 3
+
+
+def test_an_empty_selection_prints_its_funnel_and_the_nearest_setting() -> None:
+    easy = [graded(f"p{i}", a, a > 0, 10) for i in range(4) for a in range(8)]
+    with pytest.raises(ValueError, match=r"32 graded -> 28 right -> 0 difficulty hard.*type difficulty\.low=0\.120") as e:
+        eligible(easy, "right", Policy(HARD, EVERY))
+    low = float(str(e.value).split("difficulty.low=")[1].split()[0])
+    high = float(str(e.value).split("difficulty.high=")[1].split(",")[0])
+    assert eligible(easy, "right", Policy(Difficulty("near", low, high, False, False), EVERY)).rows
+
+
+def test_an_empty_length_band_says_so() -> None:
+    with pytest.raises(ValueError, match="type length=any"):
+        eligible(pool(), "right", Policy(ANY, Length("x", "tokens", 5000, None)))
+
+
+def rows(lengths: list[int]) -> Candidates:
+    return Candidates(tuple(Row(tuple(range(n)), 0, str(i)) for i, n in enumerate(lengths)), (("rows", len(lengths)),))
+
+
+@given(st.lists(st.integers(1, 60), min_size=40, max_size=120), st.integers(0, 5), st.integers(100, 400))
+def test_draws_are_whole_rows_without_replacement_within_the_budget(lengths: list[int], seed: int, tokens: int) -> None:
+    candidates = rows(lengths)
+    if sum(lengths) < tokens:
+        return
+    drawn = draw(candidates, Budget(tokens=tokens), seed)
+    ids = [row.id for row in drawn]
+    assert len(set(ids)) == len(ids)
+    assert all(len(row) == lengths[int(row.id)] for row in drawn)
+    assert tokens - max(lengths) < sum(map(len, drawn)) <= tokens
+
+
+def test_every_source_realises_the_same_tokens() -> None:
+    lengths = [random.Random(s).randrange(10, 80) for s in range(500)]
+    assert {sum(map(len, draw(rows(lengths), Budget(tokens=4000), seed))) for seed in range(20)} == {4000}
+
+
+def test_draws_follow_their_seed() -> None:
+    candidates = rows([10] * 100)
+    budget = Budget(tokens=300)
+    assert draw(candidates, budget, 1) == draw(candidates, budget, 1) != draw(candidates, budget, 2)
+
+
+def test_a_budget_over_the_pool_names_what_it_holds() -> None:
+    with pytest.raises(ValueError, match=r"budget\.tokens=1000.*type budget\.tokens=100 or less"):
+        draw(rows([10] * 10), Budget(tokens=1000), 0)
+    with pytest.raises(ValueError, match=r"budget\.rows=11.*type budget\.rows=10 or less"):
+        draw(rows([10] * 10), Budget(tokens=None, rows=11), 0)
+
+
+def test_overlong_rows_are_dropped_or_windowed_and_counted() -> None:
+    candidates = rows([10, 50, 20])
+    dropped = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20))
+    assert [len(r) for r in dropped.rows] == [10, 20] and dropped.funnel[-1] == ("at most 20 tokens", 2)
+    windowed = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20, overlong="window"))
+    assert [len(r) for r in windowed.rows] == [10, 20, 20] and windowed.funnel[-1] == ("windowed to 20 tokens (1 cut)", 3)
+
+
+def test_balanced_bands_have_one_mix_of_levels() -> None:
+    mixes = []
+    for band in (Length("short", "percentile", None, 33.333), MEDIUM, Length("long", "percentile", 66.667, None)):
+        candidates = eligible(pool(problems=400), "right", Policy(Difficulty("any", 0, 1, True, False), band, "level"))
+        drawn = draw(candidates, Budget(tokens=3000), 0)
+        share = {level: sum(len(r) for r in drawn if r.level == level) / 3000 for level in (1, 2, 3, 4)}
+        mixes.append(share)
+    for share in mixes:
+        assert all(abs(part - 0.25) < 0.04 for part in share.values()), mixes
+
+
+def test_a_balanced_draw_beyond_a_stratum_is_refused() -> None:
+    candidates = eligible(pool(problems=400), "right", Policy(ANY, EVERY, "level"))
+    total = sum(map(len, candidates.rows))
+    with pytest.raises(ValueError, match=r"one stratum is used up.*select\.balance=none"):
+        draw(candidates, Budget(tokens=total), 0)
+
+
+def test_the_control_matches_rows_and_tokens() -> None:
+    traces = pool(problems=200)
+    chosen = draw(eligible(traces, "right", Policy(HARD, MEDIUM)), Budget(tokens=1000), 3)
+    control = match(eligible(traces, "any", Policy(ANY, EVERY)), len(chosen), sum(map(len, chosen)), 3)
+    assert len(control) == len(chosen)
+    assert sum(map(len, control)) == sum(map(len, chosen))
+    assert len({row.id for row in control}) == len(control)
+    assert {row.id for row in control} != {row.id for row in chosen}
+
+
+@pytest.mark.parametrize("bad", [{"tokens": None}, {"tokens": 5, "rows": 5}, {"tokens": 0}, {"overlong": "cut"}])
+def test_bad_budgets_are_refused(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        Budget(**bad)  # type: ignore[arg-type]

@@ -1,0 +1,370 @@
+"""ssgr.store: made once, resumed after a kill, checked when read; with real processes where processes matter."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import ssgr
+from ssgr import store as store_module
+from ssgr.store import Artefact, Store
+
+WORKER = """
+import json, os, sys, time
+from pathlib import Path
+from ssgr.store import Store
+
+root, seconds, stale_seconds = Path(sys.argv[1]), float(sys.argv[2]), float(sys.argv[3])
+
+def make(work):
+    with open(root / "made", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    (work / "part").write_text("first half")
+    time.sleep(seconds)
+    (work / "out").write_text(str(os.getpid()))
+
+store = Store(root, heartbeat_seconds=0.1, stale_seconds=stale_seconds)
+artefact = store.run("stage", "key", make)
+print(json.dumps([artefact.run.cached, (artefact.path / "out").read_text()]))
+"""
+
+
+@contextmanager
+def worker(root: Path, seconds: float = 0.0, stale_seconds: float = 60.0) -> Iterator[subprocess.Popen[str]]:
+    """A process that makes stage/key in `root`, taking `seconds` over it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKER, str(root), str(seconds), str(stale_seconds)],
+        env={**os.environ, "PYTHONPATH": str(Path(ssgr.__file__).parent.parent)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[bool, str]:
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0
+    cached, text = json.loads(out)
+    return cached, text
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def write(text: str) -> Callable[[Path], None]:
+    def make(work: Path) -> None:
+        (work / "sub").mkdir(exist_ok=True)
+        (work / "out").write_text(text)
+        (work / "sub" / "empty").touch()
+
+    return make
+
+
+def never(work: Path) -> None:
+    pytest.fail("made again")
+
+
+def run(root: Path, make: Callable[[Path], None], stale_seconds: float = 60.0) -> Artefact:
+    return Store(root, heartbeat_seconds=0.1, stale_seconds=stale_seconds).run("stage", "key", make)
+
+
+def foreign_lease(root: Path, age: float, token: str = "theirs") -> Path:
+    """A lease held by a process on another host, whose heart last beat `age` seconds ago."""
+    lease = root / "stage" / "key.lease"
+    lease.parent.mkdir(exist_ok=True)
+    lease.write_text(json.dumps({"host": "elsewhere", "pids": "", "pid": 1, "token": token, "started": "then"}))
+    os.utime(lease, (time.time() - age,) * 2)
+    return lease
+
+
+def names(root: Path) -> set[str]:
+    return {path.name for path in (root / "stage").iterdir()} - {".lock"}
+
+
+def test_a_result_is_made_once_and_then_read(tmp_path: Path) -> None:
+    store = Store(tmp_path / "new" / "store")
+    made = store.run("stage", "key", write("hello"), config={"a": Path("b")}, inputs={"model": "m"})
+    read = store.run("stage", "key", never)
+
+    assert (read.path / "out").read_text() == "hello"
+    assert (made.run.cached, read.run.cached) == (False, True)
+    assert read.run.seconds == made.run.seconds
+    assert read.run.peak_rss_mib == made.run.peak_rss_mib > 1
+    assert (store.misses, store.hits) == ({"stage": 1}, {"stage": 1})
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert manifest["config"] == {"a": "b"}
+    assert manifest["inputs"] == {"model": "m"}
+    assert {name: entry["size"] for name, entry in manifest["files"].items()} == {"out": 5, "sub/empty": 0}
+    assert names(store.root) == {"key"}
+
+
+@pytest.mark.parametrize("dead_lease", [False, True])
+def test_eight_processes_make_one_result(tmp_path: Path, dead_lease: bool) -> None:
+    if dead_lease:
+        foreign_lease(tmp_path, age=1000)
+    with ThreadPoolExecutor(8) as pool:
+
+        def work(_: int) -> tuple[bool, str]:
+            with worker(tmp_path, seconds=0.3) as process:
+                return finish(process)
+
+        results = list(pool.map(work, range(8)))
+    (maker,) = (tmp_path / "made").read_text().split()
+    assert sorted(results) == [(False, maker)] + [(True, maker)] * 7
+    assert names(tmp_path) == {"key"}
+
+
+def test_eight_threads_make_one_result(tmp_path: Path) -> None:
+    store, made = Store(tmp_path), []
+
+    def make(work: Path) -> None:
+        made.append(threading.get_ident())
+        time.sleep(0.1)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: store.run("stage", "key", make), range(8)))
+    assert len(made) == 1
+    assert (store.misses["stage"], store.hits["stage"]) == (1, 7)
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_waiter_resumes_what_a_killed_holder_left(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, reaped: bool
+) -> None:
+    caplog.set_level(logging.INFO, "ssgr")
+
+    def resume(work: Path) -> None:
+        (work / "out").write_text((work / "part").read_text() + ", second half")
+
+    with worker(tmp_path, seconds=60) as holder, ThreadPoolExecutor(1) as pool:
+        part = tmp_path / "stage" / "key.work" / "part"
+        wait_for(lambda: part.exists() and part.read_text() != "")
+        waiter = pool.submit(run, tmp_path, resume)
+        wait_for(lambda: f"waiting for process {holder.pid} on " in caplog.text)
+        time.sleep(0.3)
+        assert not waiter.done()
+        holder.kill()
+        if reaped:
+            holder.wait()
+        artefact = waiter.result(timeout=10)
+    assert not artefact.run.cached
+    assert (artefact.path / "out").read_text() == "first half, second half"
+    assert caplog.text.count("waiting for") == 1
+    assert names(tmp_path) == {"key"}
+
+
+def test_a_beating_heart_keeps_the_lease(tmp_path: Path) -> None:
+    with worker(tmp_path, seconds=2.2, stale_seconds=1.5) as holder:
+        wait_for((tmp_path / "made").exists)
+        artefact = run(tmp_path, never, stale_seconds=1.5)
+        assert (artefact.path / "out").read_text() == str(holder.pid)
+        assert artefact.run.cached
+
+
+def test_a_silent_holder_elsewhere_is_taken_over_when_stale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    foreign_lease(tmp_path, age=0)
+    start = time.monotonic()
+    artefact = run(tmp_path, write("mine"), stale_seconds=0.6)
+    assert time.monotonic() - start > 0.5
+    assert not artefact.run.cached
+    assert "taken over from process 1 on elsewhere" in caplog.text
+
+
+def test_a_lease_that_changed_hands_is_given_back(tmp_path: Path) -> None:
+    lease = foreign_lease(tmp_path, age=0, token="live")
+    taker = store_module._Lease(tmp_path / "stage" / "key", 1.0)
+    assert not taker._move_aside("what the taker had judged dead")
+    assert "live" in lease.read_text()
+    assert names(tmp_path) == {"key.lease"}
+
+
+def test_one_at_a_time_may_take_a_lease(tmp_path: Path) -> None:
+    foreign_lease(tmp_path, age=1000)
+    first, second = (store_module._Lease(tmp_path / "stage" / "key", 1.0) for _ in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        with first._lock():
+            taken = pool.submit(second.take, 60.0)
+            time.sleep(0.3)
+            assert not taken.done()
+        assert taken.result(timeout=10) is None
+    with second:
+        assert second.ours()
+
+
+def test_a_lost_lease_publishes_nothing(tmp_path: Path) -> None:
+    lease, attempts = tmp_path / "stage" / "key.lease", []
+
+    def make(work: Path) -> None:
+        attempts.append(lease.read_text())
+        (work / "out").write_text(str(len(attempts)))
+        if len(attempts) == 1:  # another process takes over, and dies
+            foreign_lease(tmp_path, age=1000)
+
+    artefact = run(tmp_path, make)
+    assert (artefact.path / "out").read_text() == "2"
+    assert attempts[0] != attempts[1]
+    assert names(tmp_path) == {"key"}
+
+
+def test_the_taker_s_result_is_used_by_who_lost_the_lease(tmp_path: Path) -> None:
+    def make(work: Path) -> None:
+        (tmp_path / "stage" / "key.lease").unlink()  # as if stale: another process takes over, and is quicker
+        assert not run(tmp_path, write("theirs")).run.cached
+        (work / "out").write_text("mine")  # fails: the work is the result of the other now
+
+    artefact = run(tmp_path, make)
+    assert (artefact.path / "out").read_text() == "theirs"
+    assert artefact.run.cached
+    assert names(tmp_path) == {"key"}
+
+
+def test_a_lease_that_is_not_ours_is_not_released(tmp_path: Path) -> None:
+    def make(work: Path) -> None:
+        foreign_lease(tmp_path, age=0)
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        run(tmp_path, make)
+    assert "theirs" in (tmp_path / "stage" / "key.lease").read_text()
+
+
+def _flip_a_byte(folder: Path) -> None:
+    (folder / "out").write_text("hellp")
+
+
+def _shorten(folder: Path) -> None:
+    (folder / "out").write_text("hell")
+
+
+def _remove(folder: Path) -> None:
+    (folder / "out").unlink()
+
+
+def _truncate_manifest(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:100])
+
+
+def _remove_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _list_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text("[1]")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_flip_a_byte, "key/out: its content has changed"),
+        (_shorten, "key/out: 4 bytes, its manifest says 5"),
+        (_remove, "key/out: cannot be read (No such file"),
+        (_truncate_manifest, "key/manifest.json: cannot be read"),
+        (_remove_manifest, "key/manifest.json: cannot be read"),
+        (_list_manifest, "key/manifest.json: cannot be read"),
+    ],
+)
+def test_a_damaged_result_is_noticed_and_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], said: str
+) -> None:
+    for n in (1, 2):
+        caplog.clear()
+        damage(run(tmp_path, write("hello")).path)
+        artefact = run(tmp_path, write("hello"))
+        assert not artefact.run.cached
+        (record,) = caplog.records
+        assert record.levelno == logging.WARNING
+        assert said in record.message
+        assert (artefact.path / "out").read_text() == "hello"
+        assert names(tmp_path) == {"key", *(f"key.damaged-{i}" for i in range(1, n + 1))}
+
+
+def test_a_large_result_is_checksummed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "ALWAYS_CHECKSUMMED", 4)
+    folder = run(tmp_path, write("hello")).path
+    assert run(tmp_path, never).run.cached
+    _flip_a_byte(folder)
+    assert run(tmp_path, never).run.cached
+    monkeypatch.setattr(store_module, "_checksummed", set())  # what a new process starts with
+    assert not run(tmp_path, write("hello")).run.cached
+
+
+def test_what_fails_is_never_a_result(tmp_path: Path) -> None:
+    def fail(work: Path) -> None:
+        (work / "part").touch()
+        raise RuntimeError("no luck")
+
+    def succeed(work: Path) -> None:
+        assert (work / "part").exists()
+
+    store = Store(tmp_path)
+    with pytest.raises(RuntimeError, match="no luck"):
+        store.run("stage", "key", fail)
+    assert names(tmp_path) == {"key.work"}
+    assert not store.run("stage", "key", succeed).run.cached
+    assert store.misses["stage"] == 1
+
+
+def test_a_kill_before_the_last_step_leaves_no_trace(tmp_path: Path) -> None:
+    work = tmp_path / "stage" / "key.work"
+    work.mkdir(parents=True)
+    for name in ("manifest.json", "manifest.json.new"):
+        (work / name).write_text("half-writ")
+    artefact = run(tmp_path, write("hello"))
+    assert {path.name for path in artefact.path.iterdir()} == {"manifest.json", "out", "sub"}
+    assert run(tmp_path, never).run.cached
+
+
+def test_an_unwritable_store_says_what_to_type(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"store\.path=.*file/store cannot be written \(Not a directory\): .*=DIR"):
+        Store(tmp_path / "file" / "store")
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_explained_and_the_work_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(error, os.strerror(error))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(ValueError, match=r"disk is full .*stage/key: free some space.*continues"):
+            run(tmp_path, write("hello"))
+    assert names(tmp_path) == {"key.work"}
+    assert not run(tmp_path, lambda work: None).run.cached
+    assert (tmp_path / "stage" / "key" / "out").read_text() == "hello"
+
+
+def test_the_peak_is_that_of_the_stage_not_of_the_process(tmp_path: Path) -> None:
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("this system does not reset the peak")
+    size = 128 * 2**20
+
+    def fill(work: Path) -> None:
+        assert len(bytearray(b"x") * size) == size
+
+    large = Store(tmp_path).run("large", "key", fill)
+    small = Store(tmp_path).run("small", "key", lambda work: None)
+    assert large.run.peak_rss_mib - small.run.peak_rss_mib > 100

@@ -1,0 +1,122 @@
+"""The model that ships: what it is, and that its recipe gives it."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from ssgr import arithmetic
+from ssgr.grader.exact import Exact
+from ssgr.model.tiny import corpus, train
+from ssgr.model.tiny.tokenizer import build
+from ssgr.problems.arithmetic import ArithmeticProblems
+from ssgr.records import Verdict
+from ssgr.sampler import Decoding, Request
+from ssgr.sampler.hf import HfSampler
+from ssgr.stages.grade import grade
+from tests.conftest import TINY
+
+WEIGHTS = TINY.directory
+assert WEIGHTS is not None
+
+
+def test_it_is_small_and_plain() -> None:
+    assert WEIGHTS is not None
+    assert sum(f.stat().st_size for f in WEIGHTS.iterdir()) < 8 * 2**20
+    model = AutoModelForCausalLM.from_pretrained(WEIGHTS, dtype="auto")
+    assert type(model).__name__ == "Qwen2ForCausalLM" and model.dtype == torch.bfloat16
+    assert isinstance(AutoTokenizer.from_pretrained(WEIGHTS), PreTrainedTokenizerFast)
+    card = (WEIGHTS / "MODEL_CARD.md").read_text()
+    for word in ("Data", "Recipe", "Seed", "Hardware", "Cost", "Accuracy by level", "Limits"):
+        assert word in card
+
+
+def test_the_template_opens_the_thinking(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = TINY.prompt_ids(tokenizer, "What is 1+2?")
+    assert tokenizer.decode(ids) == "<|bos|><|user|>What is 1+2?<|assistant|><think>\n"
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
+@pytest.mark.parametrize("text", ["12+7-3*2", "Check: 7*8=56, ok.", "naïve ☃ 😀\n\tx", "  two  spaces "])
+def test_the_tokenizer_loses_nothing(text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_digits_stand_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert tokenizer.tokenize("128+64") == ["1", "2", "8", "+", "6", "4"]
+
+
+def test_the_recipe_builds_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert build().get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("style", corpus.STYLES)
+def test_every_style_reasons_rightly(style: str) -> None:
+    for seed in range(50):
+        rng = random.Random(seed)
+        problem = arithmetic.generate(4, "train", rng)
+        text = corpus.think(problem.tree, rng, style)
+        assert str(problem.answer) in text.splitlines()[-1]
+        for a, op, b, c in ((s[1], s[0], s[2], s[3]) for s in arithmetic.steps(problem.tree)):
+            assert style == "rewrite" or f"{a}{op}{b}={c}" in text
+
+
+def test_it_never_trains_on_other_splits() -> None:
+    asked = set()
+    rng = random.Random(0)
+    while len(asked) < 500:
+        question, _ = corpus.document(rng)
+        if question:
+            asked.add(question)
+    problems = ArithmeticProblems((1, 2, 3), 500, 500, 0)
+    assert not asked & {p.question for split in ("calibration", "test") for p in problems.read(split)}  # type: ignore[arg-type]
+
+
+def test_it_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
+    problems = ArithmeticProblems((1, 2, 3), 1, 96, 11).read("test")
+    requests = [Request(p.id, 0, TINY.prompt_ids(tokenizer, p.question)) for p in problems]
+    traces = [t for part in HfSampler(96).sample(TINY.load(), tokenizer, requests, Decoding(1, 0.6, 0.95, 200, 0)) for t in part]
+    right = [g.verdict is Verdict.RIGHT for g in grade(traces, problems, tokenizer, Exact())]
+    assert sum(right) / len(right) > 0.8
+    assert max(len(t.generated_ids) for t in traces) > 2.5 * min(len(t.generated_ids) for t in traces)
+
+
+def test_training_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four steps at once, and four steps in two runs, give the same bytes."""
+    monkeypatch.setattr(train, "DOCUMENTS", 6)
+    monkeypatch.setattr(train.tokenizer, "build", lambda: build(300))
+    train.train(tmp_path / "whole", 4, seed=3, every=2)
+
+    class Killed(Exception):
+        pass
+
+    batches = train.batches
+
+    def dying(tok: PreTrainedTokenizerFast, seed: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        if step == 3:
+            raise Killed
+        return batches(tok, seed, step)
+
+    monkeypatch.setattr(train, "batches", dying)
+    with pytest.raises(Killed):
+        train.train(tmp_path / "parts", 4, seed=3, every=2)
+    monkeypatch.setattr(train, "batches", batches)
+    train.train(tmp_path / "parts", 4, seed=3, every=2)
+    a, b = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert a == b
+    with pytest.raises(SystemExit, match="is of another run"):
+        train.train(tmp_path / "parts", 4, seed=4)
+
+
+def test_micro_batches_hold_whole_documents() -> None:
+    tok = build(300)
+    for ids_NT, labels_NT in train.batches(tok, 0, 0):
+        assert ids_NT.shape == labels_NT.shape
+        for ids, labels in zip(ids_NT.tolist(), labels_NT.tolist(), strict=True):
+            assert ids[0] == tok.bos_token_id and ids.count(tok.eos_token_id) == 1
+            after = ids.index(tok.eos_token_id) + 1
+            assert set(ids[after:]) <= {tok.pad_token_id} and set(labels[after:]) <= {train.IGNORE}
