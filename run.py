@@ -29,6 +29,7 @@ CONF = Path(__file__).parent / "conf"
 _log = logging.getLogger("ssgr")
 _done: list[table.Cell] = []
 _failed: list[str] = []
+_stages = [0, 0]  # read from the store, made
 
 
 def build(cfg: DictConfig) -> pipeline.Experiment:
@@ -72,6 +73,8 @@ def run_cell(cfg: DictConfig) -> RunResult:
     pipeline.write(result, store, folder)
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
+    _stages[0] += hits
+    _stages[1] += misses
     _done.append(table.read(folder / "result.json"))
     return result
 
@@ -120,6 +123,8 @@ def _finish() -> None:
         console.print(table.rich_table(table.rows(_done)))
         if len({cell.fields["draw"] for cell in _done}) > 1:
             console.print(table.rich_table(table.means(_done), "means over draws"))
+    if len(_done) > 1:
+        print(f"{len(_done)} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
     if _failed and (_done or len(_failed) > 1):
         print(f"{len(_failed)} of {len(_failed) + len(_done)} cells failed:", *_failed, sep="\n  ", file=sys.stderr)
 

@@ -53,6 +53,7 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
     Raises:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
+    prune.check(experiment.model.skeleton(), experiment.pruner, experiment.sparsity)  # before hours of sampling
     select.warn_unused(experiment.calib, experiment.policy, experiment.scope)
     flow = _Flow(experiment, store)
     dense = flow.evaluated("dense", None)
@@ -94,11 +95,11 @@ class _Flow:
         return artefact
 
     def sampled(
-        self, name: str, problems: Problems, split: Split, decoding: Decoding, pruned: Artefact | None
+        self, name: str, problems: Problems, split: Split, engine: Sampler, decoding: Decoding, pruned: Artefact | None
     ) -> tuple[Artefact, list[Problem]]:
         """Traces of the dense model (`pruned` is None) or of a pruned one."""
         model, read = self.x.model, problems.read(split)
-        config = {"model": model, "problems": problems, "split": split, "sampler": self.x.sampler, "decoding": decoding}
+        config = {"model": model, "problems": problems, "split": split, "sampler": engine, "decoding": decoding}
         inputs = {"prune": pruned.key} if pruned else {}
 
         def load() -> Any:
@@ -106,7 +107,7 @@ class _Flow:
             return at.load()
 
         def make(work: Path) -> None:
-            sample.sample(load, self.tokenizer, self.prompt_ids, read, self.x.sampler, decoding, work, name)
+            sample.sample(load, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name)
 
         return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
 
@@ -126,7 +127,7 @@ class _Flow:
         problems: list[Problem] = []
         graded: Artefact | None = None
         if needs == "traces":
-            sampled, problems = self.sampled("sample", x.problems, "calibration", x.decoding, None)
+            sampled, problems = self.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
             graded = self.graded("grade", sampled, problems)
             inputs["grade"] = graded.key
         elif needs == "problems":
@@ -174,7 +175,7 @@ class _Flow:
         """The score of the dense or the pruned model on the benchmark."""
         bench = self.x.bench
         problems = bench.problems or self.x.problems
-        sampled, read = self.sampled(f"sample_{name}", problems, "test", bench.decoding, pruned)
+        sampled, read = self.sampled(f"sample_{name}", problems, "test", bench.engine, bench.decoding, pruned)
         graded = self.graded(f"grade_{name}", sampled, read)
 
         def make(work: Path) -> None:

@@ -6,8 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BartConfig, BartForCausalLM
 
 from tests.conftest import TINY, Run
 
@@ -16,7 +15,10 @@ CASES = {
     "key in a group": (["pruner.dampening=0.1"], ["pruner.dampening", "damping"]),
     "key at the top": (["prunr=wanda"], ["prunr", "pruner"]),
     "added key": (["+pruner.dampening=0.1"], ["pruner", "dampening"]),
-    "empty selection": (["calib=ssgr", "difficulty.low=0.97", "difficulty.high=0.98"], ["128 graded -> ", "difficulty.low="]),
+    "empty selection": (
+        ["calib=ssgr", "difficulty.low=0.97", "difficulty.high=0.98"],
+        ["128 graded -> ", "difficulty.low="],
+    ),
     "budget over the pool": (["calib=prompts", "budget.tokens=100000"], ["budget.tokens=100000", "budget.tokens="]),
     "sparsity": (["sparsity.ratio=1.5"], ["sparsity.ratio=1.5", "sparsity.ratio=0.5"]),
     "sparsity zero": (["sparsity.ratio=0"], ["between 0 and 1"]),
@@ -49,7 +51,11 @@ def test_bad_input_is_told_in_a_sentence(case: str, run: Run) -> None:
 def test_a_row_without_an_answer_is_named(run: Run, tmp_path: Path) -> None:
     rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+2"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told(run, ["problems=jsonl", "problems.path=x.jsonl", "bench=arithmetic", "problems.columns.id=null"], ["row 2", "answer"])
+    told(
+        run,
+        ["problems=jsonl", "problems.path=x.jsonl", "bench=held_out", "problems.columns.id=null"],
+        ["row 2", "answer"],
+    )
 
 
 def test_an_unwritable_store(run: Run, tmp_path: Path) -> None:
@@ -66,16 +72,15 @@ def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> Non
 
 
 def test_a_model_without_decoder_blocks(run: Run, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-    config = BertConfig(vocab_size=512, is_decoder=True, max_position_embeddings=600, **size)
-    model = BertLMHeadModel(config)
-    model.config.num_hidden_layers = 5
-    model.save_pretrained(tmp_path / "bert")
-    TINY.tokenizer().save_pretrained(tmp_path / "bert")
-    said = run("model=local", f"model.path={tmp_path / 'bert'}", "calib=corpus", "bench=smoke")
-    assert said.returncode == 1
-    assert "Traceback" not in said.stderr
+    size = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
+    config = BartConfig(vocab_size=512, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=32, **size)
+    BartForCausalLM(config).save_pretrained(tmp_path / "bart")
+    TINY.tokenizer().save_pretrained(tmp_path / "bart")
+    told(
+        run,
+        ["model=local", f"model.path={tmp_path / 'bart'}"],
+        ["decoder blocks of BartForCausalLM", "num_hidden_layers=3"],
+    )
 
 
 def test_a_failed_cell_does_not_stop_the_others(run: Run, tmp_path: Path) -> None:

@@ -72,7 +72,9 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     cells = [result(tmp_path / "sweep" / str(i)) for i in range(6)]
     store = tmp_path / "store"
-    made = {stage: len(list((store / stage).glob("*/manifest.json"))) for stage in ("sample", "grade", "select", "prune")}
+    made = {
+        stage: len(list((store / stage).glob("*/manifest.json"))) for stage in ("sample", "grade", "select", "prune")
+    }
     # one pool of traces, one dense and four pruned evaluations: magnitude does not depend on the calibration
     assert made == {"sample": 1 + 1 + 4, "grade": 1 + 1 + 4, "select": 3, "prune": 1 + 3}
     by = {(c["calibration"]["source"], c["prune"]["pruner"]): c for c in cells}
@@ -120,7 +122,11 @@ def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:
     clean = run("calib=self", "problems.calibration=200", "sampler.engine.batch_size=8", f"store.path={tmp_path / 'other'}",
                 f"hydra.run.dir={tmp_path / 'run2'}")  # fmt: skip
     assert clean.returncode == 0, clean.stderr
-    assert before and result(tmp_path / "run")["scores"]["pruned"]["accuracy"] == result(tmp_path / "run2")["scores"]["pruned"]["accuracy"]
+    assert (
+        before
+        and result(tmp_path / "run")["scores"]["pruned"]["accuracy"]
+        == result(tmp_path / "run2")["scores"]["pruned"]["accuracy"]
+    )
     a, b = (pq.read_table(tmp_path / r / "calibration.parquet") for r in ("run", "run2"))
     assert a.equals(b)
 

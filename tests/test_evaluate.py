@@ -107,7 +107,7 @@ def test_how_responses_end_is_told() -> None:
 def test_loops_are_seen(period: int) -> None:
     start = list(range(1000, 1200))
     assert is_looping(start + list(range(period)) * max(4, -(-33 // period)))
-    assert not is_looping(start + list(range(period)) * 3) or period == 1 and not is_looping([*start, 0, 0, 0])
+    assert not is_looping(start + list(range(period)) * 3) or (period == 1 and not is_looping([*start, 0, 0, 0]))
 
 
 def test_counting_and_short_repeats_are_no_loops() -> None:

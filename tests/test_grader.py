@@ -144,7 +144,9 @@ MATH = [
 
 
 def test_math() -> None:
-    grades = MathVerify(workers=1).grade([(gold, r"\boxed{99}</think>" + answer) for gold, answer, _ in MATH])
+    grades = MathVerify(seconds=60, workers=1).grade(
+        [(gold, r"\boxed{99}</think>" + answer) for gold, answer, _ in MATH]
+    )
     said = [(gold, answer, g.verdict) for (gold, answer, _), g in zip(MATH, grades, strict=True)]
     assert said == MATH
     assert grades[3].answer == r"\sqrt{117}"
@@ -164,7 +166,7 @@ def test_math_an_answer_that_hangs_loses_no_other() -> None:
     grades = grader.grade(pairs)
     assert [g.verdict for g in grades] == [FAILED if i == 5 else RIGHT if i % 3 else WRONG for i in range(12)]
     assert [g.answer for g in grades] == [None if i == 5 else str(i) if i % 3 else "-1" for i in range(12)]
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120  # the tower would take days; the room is for a starved machine
     with pytest.raises(ChildProcessError):  # no child is left, neither running nor as a zombie
         os.waitpid(-1, os.WNOHANG)
 
@@ -172,7 +174,7 @@ def test_math_an_answer_that_hangs_loses_no_other() -> None:
 def test_math_an_answer_that_wants_memory_loses_no_other() -> None:
     hogs = ["$2^{2^{33}}$", "$" + "{" * 10**6 + "$"]  # the MemoryError of the first is swallowed by Math-Verify
     pairs = [("7", "$7$"), ("7", hogs[0]), ("8", "$8$"), ("7", hogs[1]), ("9", "$9$")]
-    grades = MathVerify(seconds=10, memory_gib=0.03, workers=1, require_end_think=False).grade(pairs)
+    grades = MathVerify(seconds=60, memory_gib=0.03, workers=1, require_end_think=False).grade(pairs)
     assert [g.verdict for g in grades] == [RIGHT, FAILED, RIGHT, FAILED, RIGHT]
     assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**19  # KiB
 
@@ -187,7 +189,7 @@ def test_math_takes_a_megabyte() -> None:
 def test_math_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('no such thing here')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RuntimeError, match=r"no such thing here.*grader=exact"):
+    with pytest.raises(ValueError, match=r"no such thing here.*grader=exact"):
         MathVerify(workers=1).grade([("7", "</think>7")])
 
 
@@ -207,7 +209,7 @@ def test_importing_the_graders_imports_no_sympy() -> None:
 def test_math_agrees_with_collected_cases() -> None:
     # The rest: 9 ask for a bare letter, 4 for LaTeX without delimiters, others were tested with looser settings.
     cases = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
-    grades = MathVerify(seconds=10, require_end_think=False).grade([(c["gold"], c["pred"]) for c in cases])
+    grades = MathVerify(seconds=60, require_end_think=False).grade([(c["gold"], c["pred"]) for c in cases])
     agree = sum((g.verdict is RIGHT) == c["expected"] for g, c in zip(grades, cases, strict=True))
     accepted = sum(g.verdict is RIGHT and not c["expected"] for g, c in zip(grades, cases, strict=True))
     assert agree >= 193, f"{agree} of {len(cases)}; 195 of 220 were measured with Math-Verify 0.9.0"

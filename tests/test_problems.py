@@ -85,7 +85,9 @@ def write(path: Path, rows: list[object]) -> Path:
 
 
 def test_jsonl_with_a_column_mapping(tmp_path: Path) -> None:
-    file = write(tmp_path / "x.jsonl", [{"q": f"question {i}", "a": f"so #### {i}", "lvl": "Level 3"} for i in range(40)])
+    file = write(
+        tmp_path / "x.jsonl", [{"q": f"question {i}", "a": f"so #### {i}", "lvl": "Level 3"} for i in range(40)]
+    )
     problems = JsonlProblems(str(file), Columns(question="q", answer="a", level="lvl", answer_after="####"))
     calibration, test = problems.read("calibration"), problems.read("test")
     assert len(calibration) + len(test) == 40 and test
@@ -105,7 +107,10 @@ def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"problem": "x"}, r"row 2: no answer in column 'answer'; its columns are problem\. Type problems\.columns\.answer="),
+        (
+            {"problem": "x"},
+            r"row 2: no answer in column 'answer'; its columns are problem\. Type problems\.columns\.answer=",
+        ),
         ({"answer": "x"}, "row 2: no question in column 'problem'"),
         ("{oops", "row 2: not JSON"),
         ("[1]", "row 2: a row must be a JSON object"),

@@ -124,12 +124,15 @@ def test_a_failing_cholesky_raises_damping_step_by_step_and_says_so(caplog: pyte
     with caplog.at_level(logging.WARNING, "ssgr"):
         _, damping = inverse_factor(indefinite, 0.01, "model.layers.3.mlp.down_proj")
     assert damping == pytest.approx(1.0)
-    assert [r.getMessage().split(" at ")[1] for r in caplog.records] == ["damping 0.01; trying 0.1", "damping 0.1; trying 1"]
+    assert [r.getMessage().split(" at ")[1] for r in caplog.records] == [
+        "damping 0.01; trying 0.1",
+        "damping 0.1; trying 1",
+    ]
     assert "model.layers.3.mlp.down_proj" in caplog.text
 
 
 def test_hopeless_statistics_are_an_error() -> None:
-    with pytest.raises(ValueError, match="layer: .*NaN or infinity"):
+    with pytest.raises(ValueError, match=r"layer: .*NaN or infinity"):
         inverse_factor(torch.full((4, 4), float("nan")), 0.01, "layer")
     with pytest.raises(ValueError, match="layer: the Hessian stays indefinite"):
         inverse_factor(-torch.eye(4), 0.01, "layer")

@@ -91,7 +91,8 @@ def test_seeds_and_attempts_differ(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = requests(tokenizer, problems=8, attempts=2)
     other = Decoding(2, 0.6, 0.95, 120, 1)
     a, b, c = (
-        [t.generated_ids for t in decode(model, rows, d, stop_ids(model, tokenizer))] for d in (SAMPLING, SAMPLING, other)
+        [t.generated_ids for t in decode(model, rows, d, stop_ids(model, tokenizer))]
+        for d in (SAMPLING, SAMPLING, other)
     )
     assert a == b != c
     assert any(x != y for x, y in zip(a[::2], a[1::2], strict=True))
@@ -110,7 +111,7 @@ def test_stop_and_length_finish_reasons(tokenizer: PreTrainedTokenizerBase) -> N
 
 def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Request("long", 0, tuple(range(100)))]
-    with pytest.raises(ValueError, match="the prompt of long has 100 tokens.*context is 128; type max_new_tokens=28"):
+    with pytest.raises(ValueError, match=r"the prompt of long has 100 tokens.*context is 128; type max_new_tokens=28"):
         list(HfSampler(2).sample(random_model(), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
 
 
@@ -124,9 +125,6 @@ def test_a_killed_run_samples_only_what_is_missing(tokenizer: PreTrainedTokenize
         """Gives two batches, then dies."""
 
         wants_model = True
-
-        def key_path(self) -> None:
-            return None
 
         def sample(self, model, tokenizer, requests, decoding):  # type: ignore[no-untyped-def]
             for n, batch in enumerate(HfSampler(4).sample(model, tokenizer, requests, decoding)):
@@ -187,5 +185,5 @@ def test_replay_names_the_first_missing_attempt(tmp_path: Path, tokenizer: PreTr
 @pytest.mark.parametrize("bad", [{"attempts": 0}, {"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}])
 def test_bad_decoding_is_refused(bad: dict[str, float]) -> None:
     good = {"attempts": 1, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 5, "seed": 0}
-    with pytest.raises(ValueError, match="at least 1|0 < top_p"):
+    with pytest.raises(ValueError, match=r"at least 1|0 < top_p"):
         Decoding(**{**good, **bad})  # type: ignore[arg-type]

@@ -31,7 +31,9 @@ def pool(seed: int = 0, problems: int = 60) -> list[Graded]:
     out = []
     for p in range(problems):
         level = 1 + p % 4
-        out += [graded(f"p{p}", a, rng.random() < 1.1 - level / 4, level * 10 + rng.randrange(40), level) for a in range(8)]
+        out += [
+            graded(f"p{p}", a, rng.random() < 1.1 - level / 4, level * 10 + rng.randrange(40), level) for a in range(8)
+        ]
     return out
 
 
@@ -101,7 +103,9 @@ def test_rows_are_prompt_and_generated_ids_as_they_came() -> None:
 
 def test_an_empty_selection_prints_its_funnel_and_the_nearest_setting() -> None:
     easy = [graded(f"p{i}", a, a > 0, 10) for i in range(4) for a in range(8)]
-    with pytest.raises(ValueError, match=r"32 graded -> 28 right -> 0 difficulty hard.*type difficulty\.low=0\.120") as e:
+    with pytest.raises(
+        ValueError, match=r"32 graded -> 28 right -> 0 difficulty hard.*type difficulty\.low=0\.120"
+    ) as e:
         eligible(easy, "right", Policy(HARD, EVERY))
     low = float(str(e.value).split("difficulty.low=")[1].split()[0])
     high = float(str(e.value).split("difficulty.high=")[1].split(",")[0])
@@ -152,7 +156,10 @@ def test_overlong_rows_are_dropped_or_windowed_and_counted() -> None:
     dropped = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20))
     assert [len(r) for r in dropped.rows] == [10, 20] and dropped.funnel[-1] == ("at most 20 tokens", 2)
     windowed = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20, overlong="window"))
-    assert [len(r) for r in windowed.rows] == [10, 20, 20] and windowed.funnel[-1] == ("windowed to 20 tokens (1 cut)", 3)
+    assert [len(r) for r in windowed.rows] == [10, 20, 20] and windowed.funnel[-1] == (
+        "windowed to 20 tokens (1 cut)",
+        3,
+    )
 
 
 def test_balanced_bands_have_one_mix_of_levels() -> None:

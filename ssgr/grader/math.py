@@ -56,7 +56,7 @@ class MathVerify:
         """Grade (gold answer, response) pairs, in order.
 
         Raises:
-            RuntimeError: the child processes do not start, for example since Math-Verify is not installed.
+            ValueError: the child processes do not start, for example since Math-Verify is not installed.
         """
         grades = [Grade(Verdict.NO_ANSWER)] * len(pairs)
         parts = [answer_part(response, self.end_think, self.require_end_think) for _, response in pairs]
@@ -126,7 +126,7 @@ class _Child:
         hello = self._say(process, None, _START_SECONDS)
         if hello is None or "error" in hello:
             said = hello["error"] if hello else f"the process died, or said nothing for {_START_SECONDS:.0f} s"
-            raise RuntimeError(
+            raise ValueError(
                 f"grader=math does not start: {said}; see what `{sys.executable} -c 'import math_verify'` says, "
                 "or type grader=exact"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGED = "pkg://"
 _HASHED_WHOLE = 2 << 30  # bytes: larger weight files are keyed by size, head and tail
@@ -97,6 +97,14 @@ class Model:
         """Load the tokenizer."""
         with _explained(self):
             return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(*self._source, **self._how))
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, for a look at its structure before hours of work."""
+        with _explained(self):
+            config = AutoConfig.from_pretrained(*self._source, **self._how)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        return cast(PreTrainedModel, model)
 
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode on its device.

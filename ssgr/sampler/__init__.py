@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -52,10 +51,6 @@ class Sampler(Protocol):
     @property
     def wants_model(self) -> bool:
         """Whether the engine runs the model it is given (else the model is not loaded)."""
-        ...
-
-    def key_path(self) -> Path | None:
-        """A file of saved traces that the result depends on, or None."""
         ...
 
     def sample(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request
+from ssgr.sampler.attention import grouped_attention
 
 _NUCLEUS = 64  # candidates looked at first: the nucleus of a language model at 0.95 is nearly always smaller
 _SHRINK = 0.9  # finished rows leave once they are a tenth of the batch: copying the cache costs about one step
@@ -37,10 +37,6 @@ class HfSampler:
         """True: this engine runs the model."""
         return True
 
-    def key_path(self) -> Path | None:
-        """None: nothing is read from disk."""
-        return None
-
     def sample(
         self,
         model: PreTrainedModel | None,
@@ -57,7 +53,9 @@ class HfSampler:
         _check_room(model, requests, decoding)
         ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.problem_id, r.attempt))
         for start in range(0, len(ordered), self.batch_size):
-            yield decode(model, ordered[start : start + self.batch_size], decoding, stop_ids(model, tokenizer))
+            with grouped_attention(model):
+                traces = decode(model, ordered[start : start + self.batch_size], decoding, stop_ids(model, tokenizer))
+            yield traces
 
 
 def _check_room(model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,9 +29,10 @@ class ReplaySampler:
         """False: the model is not run."""
         return False
 
-    def key_path(self) -> Path | None:
-        """The file that is replayed."""
-        return Path(self.path).expanduser()
+    def key_content(self) -> object:
+        """Saved traces are keyed by what they hold."""
+        path = _file(self.path)
+        return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "on_policy": self.on_policy}
 
     def sample(
         self,
@@ -44,12 +46,12 @@ class ReplaySampler:
         Raises:
             ValueError: the file is missing or is not of the form, or lacks an attempt; the first is named.
         """
-        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in _rows(Path(self.path).expanduser())}
+        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in _rows(_file(self.path))}
         missing = [r for r in requests if (r.problem_id, r.attempt) not in saved]
         if missing:
             first = missing[0]
             raise ValueError(
-                f"sampler.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
+                f"sampler.engine.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
                 f"{first.attempt} of {first.problem_id}; lower sampler.decoding.attempts or give the file of these problems"
             )
         yield [self._trace(r, saved[r.problem_id, r.attempt]) for r in requests]
@@ -70,9 +72,14 @@ class ReplaySampler:
         )
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _file(name: str) -> Path:
+    path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"sampler.path={path}: there is no such file; type sampler.path=FILE.parquet or FILE.jsonl")
+        raise ValueError(f"sampler.engine.path={name}: there is no such file; give a .parquet or .jsonl file of traces")
+    return path
+
+
+def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ssgr.intervals import majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.problems import Problems
 from ssgr.records import Graded, Outcome, Score, Verdict
-from ssgr.sampler import Decoding
+from ssgr.sampler import Decoding, Sampler
 
 VERSION = 1
 OUTCOMES, SCORE = "outcomes.parquet", "score.json"
@@ -27,6 +27,7 @@ class Bench:
 
     name: str
     decoding: Decoding
+    engine: Sampler
     problems: Problems | None = None  # None: the test split of the problems group
 
 

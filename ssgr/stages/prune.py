@@ -6,7 +6,7 @@ Shapes: N rows of a batch, T tokens (padded on the right), D hidden size, O outp
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +55,8 @@ def prune(
     Raises:
         ValueError: n:m does not divide a layer, all tokens weigh zero, or activations are not finite.
     """
+    check(model, pruner, sparsity)
     name, blocks = decoder_blocks(model)
-    for i, block in enumerate(blocks):
-        _check_shapes(linear_layers(block, pruner.exclude), sparsity, f"{name}.{i}")
     batches = [] if calibration is None else _first_inputs(model, blocks[0], calibration, tokenizer)
     layers: list[LayerResult] = []
     with Progress(f"prune {pruner.name}", len(blocks)) as progress:
@@ -71,13 +70,20 @@ def prune(
     return PruneResult(pruner.name, sparsity.target, realised, tuple(layers), CHECKPOINT)
 
 
-def _check_shapes(layers: Mapping[str, nn.Linear], sparsity: Sparsity, block: str) -> None:
-    for name, layer in layers.items():
-        if sparsity.group and layer.in_features % sparsity.group:
-            raise ValueError(
-                f"{block}.{name} has {layer.in_features} inputs, which groups of {sparsity.group} do not divide; "
-                f"choose another sparsity, or leave the layer out with 'pruner.exclude=[{name}]'"
-            )
+def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
+    """See that `model` (with or without weights) can be pruned this way.
+
+    Raises:
+        ValueError: its blocks or linear layers are not found, or n:m does not divide a layer's inputs.
+    """
+    block, blocks = decoder_blocks(model)
+    for i, layers in enumerate(linear_layers(b, pruner.exclude) for b in blocks):
+        for name, layer in layers.items():
+            if sparsity.group and layer.in_features % sparsity.group:
+                raise ValueError(
+                    f"{block}.{i}.{name} has {layer.in_features} inputs, which groups of {sparsity.group} do not divide; "
+                    f"choose another sparsity, or leave the layer out with 'pruner.exclude=[{name}]'"
+                )
 
 
 def _first_inputs(

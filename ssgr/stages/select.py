@@ -20,7 +20,6 @@ def select(source: Source, material: Material, policy: Policy, scope: Scope, bud
     Raises:
         ValueError: the selection is empty (the message has its funnel) or holds less than the budget.
     """
-    warn_unused(source, policy, scope)
     candidates = fit_rows(source.candidates(material, policy), budget)
     if source.matches:
         wanted = draw(fit_rows(source.reference(material, policy), budget), budget, source.draw)
