@@ -6,6 +6,7 @@ import difflib
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -40,28 +41,30 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
     """
 
     def make(node: str) -> Any:
-        return hydra.utils.instantiate(OmegaConf.select(cfg, node), _convert_="all")
+        try:
+            return hydra.utils.instantiate(OmegaConf.select(cfg, node), _convert_="all")
+        except InstantiationException as error:
+            cause = error.__cause__
+            if isinstance(cause, TypeError):  # a key that the chosen class does not take
+                raise ValueError(f"{node}: {cause}; leave it out, or see conf/{node.split('.')[0]}") from error
+            raise ValueError(str(cause or error)) from error
+        except OmegaConfBaseException as error:
+            raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
 
-    try:
-        return pipeline.Experiment(
-            model=make("model"),
-            problems=make("problems"),
-            sampler=make("sampler.engine"),
-            decoding=make("sampler.decoding"),
-            grader=make("grader"),
-            calib=make("calib"),
-            policy=Policy(make("difficulty"), make("length"), cfg.select.balance),
-            scope=make("scope"),
-            budget=make("budget"),
-            pruner=make("pruner"),
-            sparsity=make("sparsity"),
-            bench=make("bench"),
-        )
-    except InstantiationException as error:
-        cause = error.__cause__
-        raise ValueError(str(cause) if cause else str(error)) from error
-    except OmegaConfBaseException as error:
-        raise ValueError(f"{error.full_key or 'the config'}: {error.msg or error}") from error
+    return pipeline.Experiment(
+        model=make("model"),
+        problems=make("problems"),
+        sampler=make("sampler.engine"),
+        decoding=make("sampler.decoding"),
+        grader=make("grader"),
+        calib=make("calib"),
+        policy=Policy(make("difficulty"), make("length"), cfg.select.balance),
+        scope=make("scope"),
+        budget=make("budget"),
+        pruner=make("pruner"),
+        sparsity=make("sparsity"),
+        bench=make("bench"),
+    )
 
 
 def run_cell(cfg: DictConfig) -> RunResult:
@@ -117,6 +120,25 @@ def hint(overrides: list[str]) -> str:
     return "\n".join(out)
 
 
+def check_folders(overrides: list[str]) -> None:
+    """See that the output folder can be written, before Hydra fails on it with a traceback.
+
+    Raises:
+        ValueError: it cannot; the message names it.
+    """
+    given = [o.partition("=") for o in overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
+    for option, _, value in given or [("hydra.run.dir", "=", "outputs")]:
+        folder = Path(value.split("${")[0])
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"the output folder {folder} cannot be written ({error.strerror}): choose another with {option}=DIR"
+            ) from error
+
+
 def _finish() -> None:
     if _done:
         console = Console(width=None if sys.stdout.isatty() else 160)
@@ -135,6 +157,10 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    try:
+        check_folders(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"[ERROR] {error}")
     try:
         main()
     except SystemExit as stop:  # Hydra could not compose the config, and said so

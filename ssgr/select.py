@@ -33,7 +33,7 @@ class Budget:
                 f"budget.tokens={self.tokens} budget.rows={self.rows}: give exactly one, "
                 "such as budget.tokens=8192, or budget.tokens=null budget.rows=128"
             )
-        if min(self.tokens or 1, self.rows or 1, self.max_row_tokens) < 1:
+        if any(n is not None and n < 1 for n in (self.tokens, self.rows, self.max_row_tokens)):
             raise ValueError("budget: tokens, rows and max_row_tokens must be at least 1")
         if self.overlong not in ("drop", "window"):
             raise ValueError(f"budget.overlong={self.overlong!r}: valid choices are drop, window")

@@ -25,7 +25,6 @@ CASES = {
     "n:m": (["sparsity=n2m4", "sparsity.m=5", "calib=corpus", "bench=smoke"], ["q_proj", "192 inputs", "groups of 5"]),
     "model path": (["model=local", "model.path=./nowhere"], ["model.path=./nowhere", "config.json"]),
     "model without path": (["model=local"], ["model.path"]),
-    "problems file": (["problems=jsonl", "problems.path=none.jsonl"], ["none.jsonl", "problems.path=FILE.jsonl"]),
     "device": (["device=gpu0"], ["gpu0", "cuda"]),
     "dtype": (["model.dtype=fp8"], ["fp8", "bfloat16"]),
     "text": (["calib=corpus", "calib.text=no/such.txt", "bench=smoke"], ["calib.text=no/such.txt", "prose"]),
@@ -33,8 +32,8 @@ CASES = {
 }
 
 
-def told(run: Run, overrides: list[str], wanted: list[str], **environment: str) -> str:
-    done = run(*overrides, **environment)
+def told(run: Run, overrides: list[str], wanted: list[str], small: bool = True) -> str:
+    done = run(*overrides, small=small)
     said = done.stdout + done.stderr
     assert done.returncode == 1, said
     assert "Traceback" not in said, said
@@ -51,16 +50,21 @@ def test_bad_input_is_told_in_a_sentence(case: str, run: Run) -> None:
 def test_a_row_without_an_answer_is_named(run: Run, tmp_path: Path) -> None:
     rows = [{"problem": "1+1", "answer": "2"}, {"problem": "1+2"}]
     (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    told(
-        run,
-        ["problems=jsonl", "problems.path=x.jsonl", "bench=held_out", "problems.columns.id=null"],
-        ["row 2", "answer"],
-    )
+    own = ["problems=jsonl", "problems.path=x.jsonl", "problems.test_path=x.jsonl", "bench=held_out", "device=cpu"]
+    told(run, own, ["row 2", "no answer", "problems.columns.answer=COLUMN"], small=False)
+    told(run, ["problems=jsonl", "problems.path=none.jsonl"], ["none.jsonl", "problems.path=FILE.jsonl"], small=False)
 
 
 def test_an_unwritable_store(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told(run, [f"store.path={tmp_path / 'file' / 'store'}"], ["store.path=", "cannot be written"])
+
+
+def test_an_unwritable_output_folder(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    told(
+        run, [f"hydra.run.dir={tmp_path / 'file' / 'run'}"], ["output folder", "cannot be written", "hydra.run.dir=DIR"]
+    )
 
 
 def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ PATTERNS = [Unstructured(0.5), Unstructured(0.3), NM(2, 4), NM(4, 8)]
 def problem(outputs: int = 24, inputs: int = 32, seed: int = 0) -> tuple[Tensor, Tensor]:
     """A weight matrix and correlated inputs, without ties."""
     g = torch.Generator().manual_seed(seed)
-    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) + torch.eye(inputs)
-    x_TI = torch.randn(400, inputs, generator=g, dtype=torch.float64) @ mix
+    mix = torch.randn(inputs, inputs, generator=g, dtype=torch.float64) / inputs**0.5 + 2 * torch.eye(inputs)
+    x_TI = torch.randn(600, inputs, generator=g, dtype=torch.float64) @ mix
     return torch.randn(outputs, inputs, generator=g, dtype=torch.float64), x_TI
 
 
@@ -100,7 +100,8 @@ def test_sparsegpt_is_naive_sparsegpt(sparsity: Sparsity, block: int) -> None:
 def test_sparsegpt_reconstructs_better_than_wanda_and_wanda_than_magnitude() -> None:
     errors = []
     for seed in range(5):
-        w_OI, x_TI = problem(64, 64, seed)
+        w_OI, x_TI = problem(64, 256, seed)
+        x_TI = x_TI * torch.linspace(0.5, 2, 256, dtype=torch.float64)[torch.randperm(256)]  # norms differ, in no order
         gram = (x_TI.T @ x_TI / len(x_TI)).float()
         w = w_OI.float()
         pruned = [

@@ -114,7 +114,7 @@ class Model:
         """
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         with _explained(self):
-            model = AutoModelForCausalLM.from_pretrained(*self._source, dtype=dtype, **self._how)
+            model = AutoModelForCausalLM.from_pretrained(*self._source, dtype=dtype, use_safetensors=True, **self._how)
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise ValueError(

@@ -157,7 +157,7 @@ def _prune_layer(
     full: str, name: str, layer: nn.Linear, collector: Collector | None, pruner: Pruner, sparsity: Sparsity
 ) -> LayerResult:
     start = time.perf_counter()
-    before_OI = layer.weight.float()
+    before_OI = layer.weight.to(torch.float32, copy=True)  # the weight is overwritten below
     statistic = collector.of(name) if collector else None
     pruned = pruner.prune(before_OI, statistic, sparsity, full)
     layer.weight.copy_(pruned.w_OI)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from ssgr import arithmetic, prose
 from ssgr.arithmetic import Tree
 
 PROSE_SHARE = 0.15  # share of documents: enough that general text is in distribution, as it is for a real model
-LEVEL_WEIGHTS = (1.0, 1.0, 1.2, 1.2, 1.2, 1.1, 1.0, 1.0)  # how often 1 to 8 operations are drawn
 
 
 def _terse(tree: Tree, rng: random.Random) -> str:
@@ -53,25 +53,38 @@ def _check(op: str, a: int, b: int, c: int) -> str:
     return f"Check: {tens}*{small}={tens * small}, {ones}*{small}={ones * small}, sum {c}, ok."
 
 
-STYLES: dict[str, tuple[Callable[[Tree, random.Random], str], float]] = {
-    "terse": (_terse, 0.25),
-    "plain": (_plain, 0.2),
-    "rewrite": (_rewrite, 0.2),
-    "checked": (_checked, 0.2),
-    "doubting": (_doubting, 0.15),
+STYLES: dict[str, Callable[[Tree, random.Random], str]] = {
+    "terse": _terse,
+    "plain": _plain,
+    "rewrite": _rewrite,
+    "checked": _checked,
+    "doubting": _doubting,
 }
 
 
-def think(tree: Tree, rng: random.Random, style: str | None = None) -> str:
+@dataclass(frozen=True)
+class Mix:
+    """How often 1 to 8 operations, and each style in the order of STYLES, are drawn."""
+
+    levels: tuple[float, ...]
+    styles: tuple[float, ...]
+
+
+EVEN = Mix((1.0, 1.0, 1.2, 1.2, 1.2, 1.1, 1.0, 1.0), (0.25, 0.2, 0.2, 0.2, 0.15))
+# Short problems are where single operations are learnt, at a fraction of the tokens; and more of the longest style.
+SHORT = Mix((3.0, 3.0, 2.5, 1.5, 1.0, 1.0, 0.8, 0.8), (0.28, 0.15, 0.2, 0.17, 0.2))
+
+
+def think(tree: Tree, rng: random.Random, style: str | None = None, mix: Mix = EVEN) -> str:
     """Write a right train of thought for `tree`, in `style` or one drawn by its weight."""
-    style = style or rng.choices(list(STYLES), [weight for _, weight in STYLES.values()])[0]
-    return STYLES[style][0](tree, rng)
+    style = style or rng.choices(list(STYLES), mix.styles)[0]
+    return STYLES[style](tree, rng)
 
 
-def document(rng: random.Random) -> tuple[str | None, str]:
+def document(rng: random.Random, mix: Mix = EVEN) -> tuple[str | None, str]:
     """Draw one training document: (question, response), or (None, prose)."""
     if rng.random() < PROSE_SHARE:
         return None, prose.paragraph(rng)
-    level = rng.choices(range(1, arithmetic.MAX_LEVEL + 1), LEVEL_WEIGHTS)[0]
+    level = rng.choices(range(1, arithmetic.MAX_LEVEL + 1), mix.levels)[0]
     problem = arithmetic.generate(level, "train", rng)
-    return problem.question, f"{think(problem.tree, rng)}\n</think>\n{problem.answer}"
+    return problem.question, f"{think(problem.tree, rng, mix=mix)}\n</think>\n{problem.answer}"

@@ -13,7 +13,7 @@ VOCAB_SIZE = 512
 BOS, EOS, PAD, USER, ASSISTANT, THINK, END_THINK = SPECIAL = (
     "<|bos|>",
     "<|eos|>",
-    "<|pad|>",
+    "<|endoftext|>",  # the name that Qwen2Tokenizer expects: AutoTokenizer takes that class for any qwen2 model
     "<|user|>",
     "<|assistant|>",
     "<think>",

@@ -1,4 +1,4 @@
-"""Train the tiny reasoning model: python -m ssgr.model.tiny.train [--out DIR] [--steps N].
+"""Train the tiny reasoning model: python -m ssgr.model.tiny.train [--out DIR] [--seed N].
 
 Muon (arXiv 2502.16982) for the matrices of the blocks, AdamW for embeddings and norms; loss on responses and prose
 only, as in supervised fine-tuning. Everything random is a function of (seed, step), so a killed run that is started
@@ -13,6 +13,8 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,8 +26,25 @@ from ssgr.model.tiny import corpus, tokenizer
 DOCUMENTS = 56  # a step: about 8,000 tokens
 MICRO_TOKENS = 2_000  # a micro-batch: rows of nearly equal length, so that little is padding and attention is short
 MUON_LR, ADAM_LR = 0.02, 3e-3
-WARMUP_STEPS, DECAY = 48, 0.5  # linear up; flat; over the last half of the run linear down to zero
+WARMUP_STEPS = 48
 IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One rise and fall of the learning rate: up in WARMUP_STEPS, flat at `peak`, linearly down over the share `decay`."""
+
+    steps: int
+    peak: float
+    decay: float
+    mix: corpus.Mix
+
+    def rate(self, step: int) -> float:
+        """Learning-rate factor at `step` of this cycle."""
+        return self.peak * min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / self.steps) / self.decay)
+
+
+CYCLES = (Cycle(1800, 1.0, 0.5, corpus.EVEN), Cycle(900, 0.5, 1.0, corpus.SHORT))
 
 
 def model_config(tok: PreTrainedTokenizerFast) -> Qwen2Config:
@@ -55,10 +74,12 @@ def encode(tok: PreTrainedTokenizerFast, question: str | None, response: str) ->
     return prompt + answer, [IGNORE] * len(prompt) + answer
 
 
-def batches(tok: PreTrainedTokenizerFast, seed: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def batches(
+    tok: PreTrainedTokenizerFast, seed: int, step: int, mix: corpus.Mix = corpus.EVEN
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draw the documents of one step as (ids, labels) micro-batches, each (N, T), of nearly equal lengths."""
     rng = random.Random(f"{seed}/{step}")
-    documents = [encode(tok, *corpus.document(rng)) for _ in range(DOCUMENTS)]
+    documents = [encode(tok, *corpus.document(rng, mix)) for _ in range(DOCUMENTS)]
     documents.sort(key=lambda document: len(document[0]))
     out, group = [], []
     for i, document in enumerate(documents):
@@ -70,11 +91,6 @@ def batches(tok: PreTrainedTokenizerFast, seed: int, step: int) -> list[tuple[to
             out.append((ids_NT, labels_NT))
             group = []
     return out
-
-
-def rate(step: int, steps: int) -> float:
-    """Learning-rate factor at `step`: warm up, stay, go down."""
-    return min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / steps) / DECAY)
 
 
 def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
@@ -93,20 +109,22 @@ def save(path: Path, state: dict[str, Any]) -> None:
     os.replace(path.with_suffix(".tmp"), path)
 
 
-def train(out: Path, steps: int, seed: int, every: int = 50) -> Qwen2ForCausalLM:
-    """Train for `steps` steps of about 8,000 tokens, checkpointing to `out` every `every` steps, and export the model."""
+def train(out: Path, cycles: Sequence[Cycle], seed: int, every: int = 50) -> Qwen2ForCausalLM:
+    """Train through `cycles` of the learning rate, checkpointing to `out` every `every` steps, and export the model."""
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tok = tokenizer.build()
     model = Qwen2ForCausalLM(model_config(tok))
+    plan = [cycle.steps for cycle in cycles]
+    steps = sum(plan)
+    schedule = [(cycle, step) for cycle in cycles for step in range(cycle.steps)]
     opts = optimizers(model)
     checkpoint, first = out / "train.pt", 0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        flat = (1 - DECAY) * min(steps, state["steps"])  # up to here runs of any number of steps are the same
-        if state["seed"] != seed or (state["steps"] != steps and state["step"] > flat):
+        if (state["seed"], state["plan"]) != (seed, plan):
             sys.exit(
-                f"{checkpoint} is of another run (seed {state['seed']}, {state['steps']} steps): choose a new --out"
+                f"{checkpoint} is of another run (seed {state['seed']}, cycles {state['plan']}): choose a new --out"
             )
         model.load_state_dict(state["model"])
         for opt, saved in zip(opts, state["optimizers"], strict=True):
@@ -115,10 +133,11 @@ def train(out: Path, steps: int, seed: int, every: int = 50) -> Qwen2ForCausalLM
         print(f"continuing at step {first} of {steps}")
     start, tokens = time.perf_counter(), 0
     for step in range(first, steps):
+        cycle, at = schedule[step]
         for opt, base in zip(opts, (MUON_LR, ADAM_LR), strict=True):
             for group in opt.param_groups:
-                group["lr"] = base * rate(step, steps)
-        micro = batches(tok, seed, step)
+                group["lr"] = base * cycle.rate(at)
+        micro = batches(tok, seed, step, cycle.mix)
         targets = sum(int((labels_NT != IGNORE).sum()) for _, labels_NT in micro)
         total = 0.0
         for ids_NT, labels_NT in micro:
@@ -144,7 +163,7 @@ def train(out: Path, steps: int, seed: int, every: int = 50) -> Qwen2ForCausalLM
             )
         if done % every == 0 or done == steps:
             states = [opt.state_dict() for opt in opts]
-            save(checkpoint, dict(model=model.state_dict(), optimizers=states, step=done, steps=steps, seed=seed))
+            save(checkpoint, dict(model=model.state_dict(), optimizers=states, step=done, plan=plan, seed=seed))
     export(model, tok, out)
     return model
 
@@ -162,6 +181,8 @@ def export(model: Qwen2ForCausalLM, tok: PreTrainedTokenizerFast, out: Path) -> 
     )
     model.save_pretrained(out)
     tok.save_pretrained(out)
+    settings = out / "tokenizer_config.json"  # name the plain class: by the model's type another would be taken
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
     print(f"wrote {out}: {json.dumps({p.name: p.stat().st_size for p in sorted(out.glob('*.*'))})}")
 
 
@@ -169,10 +190,9 @@ def main() -> None:
     """Command line of the recipe; the defaults are those of the shipped weights."""
     parser = argparse.ArgumentParser(description="Train the tiny reasoning model that ships with ssgr.")
     parser.add_argument("--out", type=Path, default=Path("outputs/tiny"), help="where checkpoint and model go")
-    parser.add_argument("--steps", type=int, default=1800, help="steps of about 8,000 tokens")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the data")
     args = parser.parse_args()
-    train(args.out, args.steps, args.seed)
+    train(args.out, CYCLES, args.seed)
 
 
 if __name__ == "__main__":
