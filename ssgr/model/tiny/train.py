@@ -44,7 +44,11 @@ class Cycle:
         return self.peak * min(1.0, (step + 1) / WARMUP_STEPS, (1 - step / self.steps) / self.decay)
 
 
-CYCLES = (Cycle(1800, 1.0, 0.5, corpus.EVEN), Cycle(900, 0.5, 1.0, corpus.SHORT))
+CYCLES = (
+    Cycle(1800, 1.0, 0.5, corpus.EVEN),
+    Cycle(900, 0.5, 1.0, corpus.SHORT),
+    Cycle(400, 0.4, 1.0, corpus.PAIRS),
+)
 
 
 def model_config(tok: PreTrainedTokenizerFast) -> Qwen2Config:
