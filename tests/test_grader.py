@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -176,7 +175,21 @@ def test_math_an_answer_that_wants_memory_loses_no_other() -> None:
     pairs = [("7", "$7$"), ("7", hogs[0]), ("8", "$8$"), ("7", hogs[1]), ("9", "$9$")]
     grades = MathVerify(seconds=60, memory_gib=0.03, workers=1, require_end_think=False).grade(pairs)
     assert [g.verdict for g in grades] == [RIGHT, FAILED, RIGHT, FAILED, RIGHT]
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 2**19  # KiB
+
+
+def test_math_memory_is_bounded() -> None:
+    """In an interpreter of its own, whose only children are the graders."""
+    code = (
+        "import resource\nfrom ssgr.grader.math import MathVerify\n"
+        "grader = MathVerify(seconds=60, memory_gib=0.03, workers=1, require_end_think=False)\n"
+        "print(grader.grade([('7', '$2^{2^{33}}$')])[0].verdict)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    verdict, kib = done.stdout.split()
+    assert verdict == "grader_failed"
+    assert int(kib) < 2**19
 
 
 def test_math_takes_a_megabyte() -> None:
