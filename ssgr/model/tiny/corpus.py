@@ -73,8 +73,6 @@ class Mix:
 EVEN = Mix((1.0, 1.0, 1.2, 1.2, 1.2, 1.1, 1.0, 1.0), (0.25, 0.2, 0.2, 0.2, 0.15))
 # Short problems are where single operations are learnt, at a fraction of the tokens; and more of the longest style.
 SHORT = Mix((3.0, 3.0, 2.5, 1.5, 1.0, 1.0, 0.8, 0.8), (0.28, 0.15, 0.2, 0.17, 0.2))
-# Two operations are the first place where one works on the result of another.
-PAIRS = Mix((2.0, 6.0, 3.0, 1.0, 0.5, 0.5, 0.4, 0.4), SHORT.styles)
 
 
 def think(tree: Tree, rng: random.Random, style: str | None = None, mix: Mix = EVEN) -> str:

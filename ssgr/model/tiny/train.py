@@ -47,7 +47,6 @@ class Cycle:
 CYCLES = (
     Cycle(1800, 1.0, 0.5, corpus.EVEN),
     Cycle(900, 0.5, 1.0, corpus.SHORT),
-    Cycle(400, 0.4, 1.0, corpus.PAIRS),
 )
 
 
