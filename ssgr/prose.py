@@ -24,14 +24,6 @@ def paragraph(rng: random.Random) -> str:
     return " ".join(_sentence(rng) for _ in range(rng.randint(3, 8)))
 
 
-def document(rng: random.Random, characters: int) -> str:
-    """Draw paragraphs until at least `characters` characters are reached."""
-    out = paragraph(rng)
-    while len(out) < characters:
-        out += "\n" + paragraph(rng)
-    return out
-
-
 def _thing(rng: random.Random) -> str:
     return f"the {rng.choice(_ADJ)} {rng.choice(_NOUNS)}"
 

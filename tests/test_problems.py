@@ -75,8 +75,9 @@ def test_bad_levels_and_counts_are_refused() -> None:
 
 
 def test_prose_has_no_numbers() -> None:
-    text = prose.document(random.Random(0), 20_000)
-    assert len(text) >= 20_000 and not re.search(r"[\d+*=]", text)
+    rng = random.Random(0)
+    text = " ".join(prose.paragraph(rng) for _ in range(100))
+    assert not re.search(r"[\d+*=]", text)
 
 
 def write(path: Path, rows: list[object]) -> Path:

@@ -184,7 +184,7 @@ def export(model: Qwen2ForCausalLM, tok: PreTrainedTokenizerFast, out: Path) -> 
     )
     model.save_pretrained(out)
     tok.save_pretrained(out)
-    settings = out / "tokenizer_config.json"  # name the plain class: by the model's type another would be taken
+    settings = out / "tokenizer_config.json"  # AutoTokenizer 5.19 goes by the model's type all the same
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "tokenizer_class": "PreTrainedTokenizerFast"}))
     print(f"wrote {out}: {json.dumps({p.name: p.stat().st_size for p in sorted(out.glob('*.*'))})}")
 
