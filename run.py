@@ -144,7 +144,8 @@ def _finish() -> None:
         console = Console(width=None if sys.stdout.isatty() else 160)
         console.print(table.rich_table(table.rows(_done)))
         if len({cell.fields["draw"] for cell in _done}) > 1:
-            console.print(table.rich_table(table.means(_done), "means over draws"))
+            control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in _done) else None
+            console.print(table.rich_table(table.means(_done, against=control), "means over draws"))
     if len(_done) > 1:
         print(f"{len(_done)} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
     if _failed and (_done or len(_failed) > 1):

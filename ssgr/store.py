@@ -1,23 +1,18 @@
 """Where results lie: root/<stage>/<key>/ with a manifest, made once, published whole, checked when read.
 
 Beside a result may lie `<key>.work/` (an unfinished attempt, which the next one resumes), `<key>.lease` (who is making
-it), and `<key>.damaged-<n>/` (a result that failed its check). `.lock` guards the leases of a stage: the kernel drops
-that lock with its process, so it cannot be left behind; it is held for moments, never while a stage runs.
+it), and `<key>.damaged-<n>/` (a result that failed its check).
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import resource
-import secrets
-import shutil
-import socket
 import sys
 import tempfile
 import threading
@@ -28,11 +23,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Self
-
-import psutil
+from typing import Any
 
 from ssgr.keys import Json, describe
+from ssgr.lease import Lease
 from ssgr.records import StageRun
 
 MANIFEST = "manifest.json"
@@ -132,9 +126,9 @@ class Store:
                 f"store.path={self.root} cannot be written ({error.strerror}): choose another with store.path=DIR"
             ) from error
 
-    def _wait_for_lease(self, folder: Path) -> _Lease:
+    def _wait_for_lease(self, folder: Path) -> Lease:
         pause, longest = POLL_SECONDS
-        lease, announced = _Lease(folder, self.heartbeat_seconds), False
+        lease, announced = Lease(folder, self.heartbeat_seconds), False
         while True:
             holder = lease.take(self.stale_seconds)
             if holder is None:
@@ -146,7 +140,7 @@ class Store:
             pause = min(pause * 1.2, longest)
 
     def _make(
-        self, folder: Path, make: Callable[[Path], None], config: object, inputs: Mapping[str, str], lease: _Lease
+        self, folder: Path, make: Callable[[Path], None], config: object, inputs: Mapping[str, str], lease: Lease
     ) -> _Manifest | None:
         """Make and publish; None if another process took the lease meanwhile, and so the work."""
         described = describe(config)
@@ -172,7 +166,10 @@ class Store:
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             )
             _write_manifest(work, manifest)
-            return manifest if lease.publish(work) else None
+            if not lease.publish(work):
+                return None
+            _sync_folder(folder.parent)
+            return manifest
         except OSError:
             if lease.ours():
                 raise
@@ -190,150 +187,6 @@ def _explained_if_full(folder: Path) -> Iterator[None]:
             f"the disk is full ({error.strerror}) at {error.filename or folder}: free some space, or choose another "
             "place with store.path=DIR; the same command run again continues from what is there"
         ) from error
-
-
-class _Lease:
-    """The right to make one result: a file that is ours while it holds our token, kept fresh by a heartbeat."""
-
-    def __init__(self, folder: Path, heartbeat_seconds: float) -> None:
-        self.folder = folder
-        self.path = folder.with_name(f"{folder.name}.lease")
-        self.token = secrets.token_hex(8)
-        self._seconds = heartbeat_seconds
-        self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name=f"lease {folder.name}", daemon=True)
-
-    def take(self, stale_seconds: float) -> str | None:
-        """Take the lease, from a dead holder if need be; who holds it if that is not possible."""
-        with self._lock() as now:
-            try:
-                text, beat = self.path.read_text(), self.path.stat().st_mtime
-            except FileNotFoundError:
-                pass
-            else:
-                who = _named(text)
-                alive = now - beat <= stale_seconds and not _is_dead(text)
-                if alive or not self._move_aside(text):
-                    return who
-                log.warning("%s: taken over from %s, which is dead or silent", self.path, who)
-            if not self._create():
-                return "another process"
-        self._heart.start()
-        return None
-
-    def _create(self) -> bool:
-        started = datetime.now(UTC).isoformat(timespec="seconds")
-        text = json.dumps({**_whereabouts(), "pid": os.getpid(), "token": self.token, "started": started})
-        try:
-            lease = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:  # only where the file system has no locks
-            return False
-        try:
-            with open(lease, "w") as file:
-                file.write(text)
-        except OSError:
-            self.path.unlink()
-            raise
-        return True
-
-    def _move_aside(self, text: str) -> bool:
-        """Move a dead lease out of the way; False, and nothing changed, if it is no longer the one that was judged."""
-        aside = self.path.with_name(f"{self.path.name}.{self.token}")
-        try:
-            self.path.rename(aside)
-        except FileNotFoundError:
-            return False
-        dead = aside.read_text() == text
-        if not dead:  # only where the file system has no locks: another was quicker, give back what is its own
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, self.path)
-        aside.unlink()
-        return dead
-
-    def publish(self, work: Path) -> bool:
-        """Give `work` its final name, unless the lease is lost or a result is already there."""
-        with self._lock():
-            if not self.ours():
-                return False
-            if self.folder.exists():
-                shutil.rmtree(work)
-                return False
-            work.rename(self.folder)
-        _sync_folder(self.folder.parent)
-        return True
-
-    def ours(self) -> bool:
-        """Whether the lease still holds our token."""
-        try:
-            return self.token in self.path.read_text()
-        except FileNotFoundError:
-            return False
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._seconds):
-            with contextlib.suppress(OSError):  # a network file system may stumble; the next beat mends it
-                if not self.ours():
-                    log.warning("%s: lost to another process; its result will be used", self.path)
-                    return
-                os.utime(self.path)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._heart.join()
-        try:
-            with self._lock():
-                if self.ours():
-                    self.path.unlink()
-        except OSError as error:  # never hides what went wrong in the stage; the lease goes stale by itself
-            log.warning("%s: cannot be released (%s)", self.path, error)
-
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[float]:
-        """Hold the lock on the leases of this stage; yields the time by the file system's clock, not by this host's."""
-        with open(self.path.with_name(".lock"), "ab") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError as error:
-                log.debug("%s: no locks on this file system (%s)", file.name, error)
-            try:
-                os.utime(file.name)
-                yield os.stat(file.name).st_mtime
-            finally:  # by hand, as a child forked at this moment shares the open file
-                with contextlib.suppress(OSError):
-                    fcntl.flock(file, fcntl.LOCK_UN)
-
-
-def _whereabouts() -> dict[str, str]:
-    """Where a pid means something: the host, and the pid namespace, as containers may share a host name."""
-    try:
-        namespace = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        namespace = ""
-    return {"host": socket.gethostname(), "pids": namespace}
-
-
-def _named(text: str) -> str:
-    try:
-        holder = json.loads(text)
-        return f"process {holder['pid']} on {holder['host']} (since {holder['started']})"
-    except (ValueError, KeyError, TypeError):
-        return "an unknown process"
-
-
-def _is_dead(text: str) -> bool:
-    """Whether a lease's holder is known to be dead; a pid that is reused or elsewhere is left to the heartbeat."""
-    try:
-        holder = json.loads(text)
-        if {name: holder[name] for name in ("host", "pids")} != _whereabouts():
-            return False
-        return bool(psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
-    except (ValueError, KeyError, TypeError, psutil.Error):
-        return False
 
 
 def _read_or_move_aside(folder: Path) -> _Manifest | None:

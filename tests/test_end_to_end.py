@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import signal
@@ -89,6 +91,20 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
         report = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
         assert mark in report.stdout and "matched" in report.stdout
         assert len([line for line in report.stdout.splitlines() if "wanda" in line]) == 3
+    command = [sys.executable, "-m", "ssgr.report", str(tmp_path / "sweep"), "--format", "csv", "--by", "calib,pruner"]
+    report = subprocess.run(
+        [*command, "--against", "calib=matched"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    gaps = {(row["calib"], row["pruner"]): row for row in csv.DictReader(io.StringIO(report.stdout))}
+    assert gaps["matched", "wanda"]["minus calib=matched"] == ""
+    assert gaps["corpus", "magnitude"]["minus calib=matched"].startswith("+0.000")  # the same checkpoint
+    parted = (
+        by["corpus", "wanda"]["scores"]["pruned"]["accuracy"] - by["matched", "wanda"]["scores"]["pruned"]["accuracy"]
+    )
+    assert gaps["corpus", "wanda"]["minus calib=matched"].startswith(f"{parted:+.3f}")
+    for wrong, answer in (("calib=self", "calib here is corpus, matched, ssgr"), ("kalib=self", "no such field")):
+        failed = subprocess.run([*command, "--against", wrong], capture_output=True, text=True, cwd=ROOT)
+        assert failed.returncode == 1 and answer in failed.stderr
 
 
 def test_the_command_line_beats_what_a_source_implies(run: Run, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 import ssgr
 from ssgr import store as store_module
+from ssgr.lease import Lease
 from ssgr.store import Artefact, Store
 
 WORKER = """
@@ -192,7 +193,7 @@ def test_a_silent_holder_elsewhere_is_taken_over_when_stale(tmp_path: Path, capl
 
 def test_a_lease_that_changed_hands_is_given_back(tmp_path: Path) -> None:
     lease = foreign_lease(tmp_path, age=0, token="live")
-    taker = store_module._Lease(tmp_path / "stage" / "key", 1.0)
+    taker = Lease(tmp_path / "stage" / "key", 1.0)
     assert not taker._move_aside("what the taker had judged dead")
     assert "live" in lease.read_text()
     assert names(tmp_path) == {"key.lease"}
@@ -200,7 +201,7 @@ def test_a_lease_that_changed_hands_is_given_back(tmp_path: Path) -> None:
 
 def test_one_at_a_time_may_take_a_lease(tmp_path: Path) -> None:
     foreign_lease(tmp_path, age=1000)
-    first, second = (store_module._Lease(tmp_path / "stage" / "key", 1.0) for _ in range(2))
+    first, second = (Lease(tmp_path / "stage" / "key", 1.0) for _ in range(2))
     with ThreadPoolExecutor(1) as pool:
         with first._lock():
             taken = pool.submit(second.take, 60.0)

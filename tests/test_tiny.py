@@ -24,7 +24,7 @@ WEIGHTS = TINY.directory
 assert WEIGHTS is not None
 
 
-PLAN = (train.Cycle(3, 1.0, 0.5, corpus.EVEN), train.Cycle(1, 0.5, 1.0, corpus.SHORT))
+PLAN = (train.Phase(3, 1.0, 1.0, corpus.EVEN), train.Phase(1, 1.0, 0.0, corpus.SHORT))
 
 
 def test_it_is_small_and_plain() -> None:
@@ -124,6 +124,34 @@ def test_training_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pyte
     assert a == b
     with pytest.raises(SystemExit, match="is of another run"):
         train.train(tmp_path / "parts", PLAN, seed=4)
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    train.train(tmp_path / "one", PLAN, seed=3)
+    train.launch(tmp_path / "two", PLAN, seed=3, ranks=2)
+    torch.manual_seed(3)
+    start = train.Qwen2ForCausalLM(train.model_config(train.tokenizer.build())).model.embed_tokens.weight.detach()
+    one, two = (
+        torch.load(tmp_path / name / "train.pt", weights_only=True)["model"]["model.embed_tokens.weight"]
+        for name in ("one", "two")
+    )
+    assert float((one - two).norm()) < 0.2 * float((one - start).norm())
+
+
+def test_micro_batches_are_shared_evenly_and_once() -> None:
+    micro = [(torch.zeros(n, 10), torch.zeros(n, 10)) for n in (5, 1, 4, 3, 3)]
+    shares = [train.share(micro, rank, 2) for rank in range(2)]
+    assert sorted(len(ids) for share in shares for ids, _ in share) == [1, 3, 3, 4, 5]
+    assert [sum(len(ids) for ids, _ in share) for share in shares] == [8, 8]
+
+
+def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
+    rates = [rate for rate, _ in train.schedule(train.PHASES)]
+    assert len(rates) == sum(phase.steps for phase in train.PHASES) == 2700
+    assert rates[: train.WARMUP_STEPS] == sorted(rates[: train.WARMUP_STEPS]) and 0 < rates[0] < 0.05
+    assert set(rates[train.WARMUP_STEPS : 900]) == {1.0}
+    for fall in (rates[900:1800], rates[1848:]):
+        assert fall == sorted(fall, reverse=True) and 0 < fall[-1] < 0.002
 
 
 def test_micro_batches_hold_whole_documents() -> None:

@@ -1,4 +1,6 @@
-"""Rebuild the table of a run or a sweep: python -m ssgr.report PATH... [--format text|markdown|csv] [--by FIELDS]."""
+"""Rebuild the table of a run or a sweep: python -m ssgr.report PATH... [--format text|markdown|csv] [--by FIELDS
+[--against FIELD=VALUE]].
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("paths", nargs="+", type=Path, help="result.json files, or folders of runs and sweeps")
     parser.add_argument("--format", choices=("text", "markdown", "csv"), default="text", help="how it is printed")
     parser.add_argument("--by", help="means over all cells that agree in these fields, such as calib,pruner")
+    parser.add_argument("--against", metavar="FIELD=VALUE", help="also the paired difference to this control, such as "
+                        "calib=matched (with --by, or with all fields but the draw)")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
         cells = table.find(args.paths)
-        content = table.means(cells, args.by.split(",")) if args.by else table.rows(cells)
+        by = args.by.split(",") if args.by else None
+        content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

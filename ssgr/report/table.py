@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from ssgr.tables import read_outcomes
 
 Rows = list[dict[str, str]]
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
+_FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another need not
 
 
 @dataclass(frozen=True)
@@ -111,18 +112,18 @@ def rows(cells: Sequence[Cell]) -> Rows:
     return out
 
 
-def means(cells: Sequence[Cell], by: Sequence[str] | None = None) -> Rows:
+def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str | None = None) -> Rows:
     """A row for each group of cells that agree in the fields `by` (by default all shown but draw).
 
-    The interval resamples draws and problems (from outcomes.parquet beside each result).
+    The interval resamples draws and problems (from outcomes.parquet beside each result). `against` names a control as
+    FIELD=VALUE, such as calib=matched: each cell is then also compared with the control's of the same draw.
 
     Raises:
-        ValueError: `by` names no field.
+        ValueError: `by` or `against` names no field, or no cell is the control.
     """
-    valid = list(cells[0].fields)
     by = list(by) if by else [f for f in _shown(cells) if f != "draw"]
-    if unknown := [f for f in by if f not in valid]:
-        raise ValueError(f"--by {','.join(unknown)}: no such field; valid are {', '.join(valid)}")
+    _check_fields("--by", by, cells)
+    control = _control(cells, against) if against else {}
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[tuple(cell.fields[f] for f in by)].append(cell)
@@ -133,13 +134,15 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None) -> Rows:
         gaps = [p - d for p, d in zip(pruned, dense, strict=True)]
         scores = [cell.result["scores"]["pruned"] for cell in group]
         accuracies = [s["accuracy"] for s in scores]
+        beside = {f"minus {against}": _minus_control(group, pruned, control, against)} if against else {}
         out.append(
             {
                 **dict(zip(by, names, strict=True)),
                 "draws": str(len(group)),
                 "accuracy": _interval(float(np.mean(accuracies)), cluster_bootstrap(pruned)),
                 "deviation of draws": f"{np.std(accuracies, ddof=1):.3f}" if len(group) > 1 else "",
-                "difference to dense": _interval(float(np.mean(gaps)), cluster_bootstrap(gaps), signed=True),
+                "difference to dense": _mean(gaps),
+                **beside,
                 **{k: f"{np.mean([s[v] for s in scores]):.{d}f}" for k, v, d in _MEANS},
             }
         )
@@ -147,6 +150,48 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None) -> Rows:
 
 
 _MEANS = (("tokens", "mean_tokens", 1), ("cut", "truncated", 3), ("looping", "looping", 3))
+
+
+def _check_fields(option: str, given: Sequence[str], cells: Sequence[Cell]) -> None:
+    valid = list(cells[0].fields)
+    if unknown := [f for f in given if f not in valid]:
+        raise ValueError(f"{option} {','.join(unknown)}: no such field; valid are {', '.join(valid)}")
+
+
+def _twin(cell: Cell, against: str) -> tuple[str, ...]:
+    """What a cell and its control agree in: all but the field compared and, between sources, the filters."""
+    field = against.partition("=")[0]
+    free = {field} | (_FILTERS if field == "calib" else set())
+    return tuple(value for name, value in cell.fields.items() if name not in free)
+
+
+def _control(cells: Sequence[Cell], against: str) -> dict[tuple[str, ...], NDArray[np.float64]]:
+    """Share of right attempts by problem of each cell of the control."""
+    field, _, value = against.partition("=")
+    _check_fields("--against", [field], cells)
+    chosen = [cell for cell in cells if cell.fields[field] == value]
+    if not chosen:
+        there = sorted({cell.fields[field] for cell in cells})
+        raise ValueError(f"--against {against}: no such cell; {field} here is {', '.join(there)}")
+    return {_twin(cell, against): _by_problem(cell.path.with_name("outcomes.parquet")) for cell in chosen}
+
+
+def _minus_control(
+    group: Sequence[Cell],
+    right_DP: Sequence[NDArray[np.float64]],
+    control: Mapping[tuple[str, ...], NDArray[np.float64]],
+    against: str,
+) -> str:
+    """Mean paired difference to the control; nothing for the control itself and where a draw has no control."""
+    field, _, value = against.partition("=")
+    twins = [control.get(_twin(cell, against)) for cell in group]
+    gaps = [right_P - twin_P for right_P, twin_P in zip(right_DP, twins, strict=True) if twin_P is not None]
+    itself = any(cell.fields[field] == value for cell in group)
+    return "" if itself or len(gaps) < len(group) else _mean(gaps)
+
+
+def _mean(gaps_DP: Sequence[NDArray[np.float64]]) -> str:
+    return _interval(float(np.mean(gaps_DP)), cluster_bootstrap(gaps_DP), signed=True)
 
 
 def _by_problem(path: Path) -> NDArray[np.float64]:

@@ -1,0 +1,168 @@
+"""Leases: which process makes a result, on hosts that share nothing but the folder.
+
+A lease is a file that is ours while it holds our token, kept fresh by a heartbeat. `.lock` guards the leases of a stage:
+the kernel drops that lock with its process, so it cannot be left behind; it is held for moments, never while a stage runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import secrets
+import shutil
+import socket
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+log = logging.getLogger("ssgr")
+
+
+class Lease:
+    """The right to make one result: a file that is ours while it holds our token, kept fresh by a heartbeat."""
+
+    def __init__(self, folder: Path, heartbeat_seconds: float) -> None:
+        self.folder = folder
+        self.path = folder.with_name(f"{folder.name}.lease")
+        self.token = secrets.token_hex(8)
+        self._seconds = heartbeat_seconds
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name=f"lease {folder.name}", daemon=True)
+
+    def take(self, stale_seconds: float) -> str | None:
+        """Take the lease, from a dead holder if need be; who holds it if that is not possible."""
+        with self._lock() as now:
+            try:
+                text, beat = self.path.read_text(), self.path.stat().st_mtime
+            except FileNotFoundError:
+                pass
+            else:
+                who = _named(text)
+                alive = now - beat <= stale_seconds and not _is_dead(text)
+                if alive or not self._move_aside(text):
+                    return who
+                log.warning("%s: taken over from %s, which is dead or silent", self.path, who)
+            if not self._create():
+                return "another process"
+        self._heart.start()
+        return None
+
+    def _create(self) -> bool:
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        text = json.dumps({**_whereabouts(), "pid": os.getpid(), "token": self.token, "started": started})
+        try:
+            lease = os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        except FileExistsError:  # only where the file system has no locks
+            return False
+        try:
+            with open(lease, "w") as file:
+                file.write(text)
+        except OSError:
+            self.path.unlink()
+            raise
+        return True
+
+    def _move_aside(self, text: str) -> bool:
+        """Move a dead lease out of the way; False, and nothing changed, if it is no longer the one that was judged."""
+        aside = self.path.with_name(f"{self.path.name}.{self.token}")
+        try:
+            self.path.rename(aside)
+        except FileNotFoundError:
+            return False
+        dead = aside.read_text() == text
+        if not dead:  # only where the file system has no locks: another was quicker, give back what is its own
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, self.path)
+        aside.unlink()
+        return dead
+
+    def publish(self, work: Path) -> bool:
+        """Give `work` its final name, unless the lease is lost or a result is already there."""
+        with self._lock():
+            if not self.ours():
+                return False
+            if self.folder.exists():
+                shutil.rmtree(work)
+                return False
+            work.rename(self.folder)
+        return True
+
+    def ours(self) -> bool:
+        """Whether the lease still holds our token."""
+        try:
+            return self.token in self.path.read_text()
+        except FileNotFoundError:
+            return False
+
+    def _beat(self) -> None:
+        while not self._stop.wait(self._seconds):
+            with contextlib.suppress(OSError):  # a network file system may stumble; the next beat mends it
+                if not self.ours():
+                    log.warning("%s: lost to another process; its result will be used", self.path)
+                    return
+                os.utime(self.path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._heart.join()
+        try:
+            with self._lock():
+                if self.ours():
+                    self.path.unlink()
+        except OSError as error:  # never hides what went wrong in the stage; the lease goes stale by itself
+            log.warning("%s: cannot be released (%s)", self.path, error)
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[float]:
+        """Hold the lock on the leases of this stage; yields the time by the file system's clock, not by this host's."""
+        with open(self.path.with_name(".lock"), "ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                log.debug("%s: no locks on this file system (%s)", file.name, error)
+            try:
+                os.utime(file.name)
+                yield os.stat(file.name).st_mtime
+            finally:  # by hand, as a child forked at this moment shares the open file
+                with contextlib.suppress(OSError):
+                    fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def _whereabouts() -> dict[str, str]:
+    """Where a pid means something: the host, and the pid namespace, as containers may share a host name."""
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        namespace = ""
+    return {"host": socket.gethostname(), "pids": namespace}
+
+
+def _named(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        return f"process {holder['pid']} on {holder['host']} (since {holder['started']})"
+    except (ValueError, KeyError, TypeError):
+        return "an unknown process"
+
+
+def _is_dead(text: str) -> bool:
+    """Whether a lease's holder is known to be dead; a pid that is reused or elsewhere is left to the heartbeat."""
+    try:
+        holder = json.loads(text)
+        if {name: holder[name] for name in ("host", "pids")} != _whereabouts():
+            return False
+        return bool(psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+    except (ValueError, KeyError, TypeError, psutil.Error):
+        return False
