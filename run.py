@@ -98,6 +98,10 @@ def main(cfg: DictConfig) -> float | None:
         _failed.append(f"{label()}: {error}")
         _log.error("%s", error)
         return None
+    except Exception as error:  # a bug of ours: say so in full, and let the other cells go on
+        _failed.append(f"{label()}: {type(error).__name__}: {error}")
+        _log.exception("this should not happen; please report it")
+        return None
 
 
 def hint(overrides: list[str]) -> str:
@@ -140,12 +144,13 @@ def check_folders(overrides: list[str]) -> None:
 
 
 def _finish() -> None:
-    if _done:
+    cells = table.told_apart(_done)
+    if cells:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(table.rich_table(table.rows(_done)))
-        if len({cell.fields["draw"] for cell in _done}) > 1:
-            control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in _done) else None
-            console.print(table.rich_table(table.means(_done, against=control), "means over draws"))
+        console.print(table.rich_table(table.rows(cells)))
+        if len({cell.fields["draw"] for cell in cells}) > 1:
+            control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
+            console.print(table.rich_table(table.means(cells, against=control), "means over draws"))
     if len(_done) > 1:
         print(f"{len(_done)} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
     if _failed and (_done or len(_failed) > 1):
@@ -168,5 +173,6 @@ if __name__ == "__main__":
         if stop.code == 1 and not _done and not _failed:
             print(hint(sys.argv[1:]), file=sys.stderr)
         raise
-    _finish()
+    finally:
+        _finish()
     sys.exit(1 if _failed else 0)

@@ -7,7 +7,7 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,14 @@ from ssgr.tables import read_outcomes
 Rows = list[dict[str, str]]
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
 _FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another need not
+_REPEATS = ("draw", "seed", "sampler.decoding.seed")  # what means are over
+_NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
+_NEVER = ("device", "store.", "hydra.", "model.device", "batch_size")  # what changes no result
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One result.json and where it lies; `fields` are the settings that tell cells apart."""
+    """One result.json and where it lies; `fields` are the settings that tell cells apart, by the name of a column."""
 
     path: Path
     result: dict[str, Any]
@@ -47,7 +50,7 @@ def read(path: Path) -> Cell:
 
 
 def find(paths: Iterable[Path]) -> list[Cell]:
-    """Read every result.json at or below `paths`.
+    """Read every result.json at or below `paths`; a cell that was run again counts once.
 
     Raises:
         ValueError: there is none.
@@ -58,12 +61,48 @@ def find(paths: Iterable[Path]) -> list[Cell]:
         raise ValueError(
             f"no result.json at or below {', '.join(map(str, given))}; type the folder of a run or a sweep"
         )
-    return [read(file) for file in files]
+    return told_apart([read(file) for file in files])
+
+
+def told_apart(cells: Sequence[Cell]) -> list[Cell]:
+    """`cells` without repeats, with every setting as a field in which two of them differ that else look alike."""
+    made: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        keys = cell.result["keys"]
+        made.setdefault((*cell.fields.values(), keys["select"], keys["evaluate_pruned"], keys["evaluate_dense"]), cell)
+    settings = [_settings(cell.result["config"]) for cell in made.values()]
+    seen: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for cell, own in zip(made.values(), settings, strict=True):
+        for name, value in own.items():
+            seen[name, _choice(cell.result["config"], name)].add(value)
+    differ = sorted({name for (name, _), values in seen.items() if len(values) > 1})
+    return [
+        replace(cell, fields=cell.fields | {name: own.get(name, "") for name in differ})
+        for cell, own in zip(made.values(), settings, strict=True)
+    ]
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Every setting that has no field of its own and can change a result, by its dotted name."""
+    out: dict[str, str] = {}
+    for name, value in config.items():
+        dotted = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            out |= _settings(value, f"{dotted}.")
+        elif not dotted.startswith((*_NAMED, *_NEVER)) and not dotted.endswith(_NEVER):
+            out[dotted] = str(value)
+    return out
+
+
+def _choice(config: Mapping[str, Any], name: str) -> str:
+    """What was chosen in the group of the setting `name`; its other settings follow from that unless changed."""
+    group = config.get(name.partition(".")[0])
+    return f"{group.get('name')} {group.get('_target_')}" if isinstance(group, Mapping) else ""
 
 
 def _fields(result: dict[str, Any]) -> dict[str, str]:
     config, prune = result["config"], result["prune"]
-    sparsity = config["sparsity"]
+    sparsity, budget = config["sparsity"], config["budget"]
     return {
         "model": config["model"]["name"],
         "calib": config["calib"]["name"],
@@ -73,7 +112,7 @@ def _fields(result: dict[str, Any]) -> dict[str, str]:
         "balance": config["select"]["balance"],
         "pruner": prune["pruner"],
         "sparsity": f"{sparsity['n']}:{sparsity['m']}" if "n" in sparsity else f"{100 * sparsity['ratio']:g} %",
-        "budget": str(result["calibration"]["tokens"]["asked"]),
+        "budget": f"{budget['tokens']}" if budget["tokens"] is not None else f"{budget['rows']} rows",
         "bench": config["bench"]["name"],
         "seed": str(config["bench"]["decoding"]["seed"]),
         "draw": str(config["calib"]["draw"]),
@@ -113,15 +152,15 @@ def rows(cells: Sequence[Cell]) -> Rows:
 
 
 def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str | None = None) -> Rows:
-    """A row for each group of cells that agree in the fields `by` (by default all shown but draw).
+    """A row for each group of cells that agree in the fields `by` (by default all shown but draws and seeds).
 
     The interval resamples draws and problems (from outcomes.parquet beside each result). `against` names a control as
     FIELD=VALUE, such as calib=matched: each cell is then also compared with the control's of the same draw.
 
     Raises:
-        ValueError: `by` or `against` names no field, or no cell is the control.
+        ValueError: `by` or `against` names no field, no cell is the control, or a group mixes different problems.
     """
-    by = list(by) if by else [f for f in _shown(cells) if f != "draw"]
+    by = list(by) if by else [f for f in _shown(cells) if f not in _REPEATS]
     _check_fields("--by", by, cells)
     control = _control(cells, against) if against else {}
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
@@ -129,6 +168,7 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
         groups[tuple(cell.fields[f] for f in by)].append(cell)
     out: Rows = []
     for names, group in groups.items():
+        _check_problems(group)
         pruned = [_by_problem(cell.path.with_name("outcomes.parquet")) for cell in group]
         dense = [_by_problem(cell.path.with_name("outcomes_dense.parquet")) for cell in group]
         gaps = [p - d for p, d in zip(pruned, dense, strict=True)]
@@ -152,6 +192,17 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
 _MEANS = (("tokens", "mean_tokens", 1), ("cut", "truncated", 3), ("looping", "looping", 3))
 
 
+def _check_problems(group: Sequence[Cell]) -> None:
+    tried = {
+        cell.path: {o.problem_id for o in read_outcomes(cell.path.with_name("outcomes.parquet"))} for cell in group
+    }
+    if odd := [path for path, ids in tried.items() if ids != tried[group[0].path]]:
+        raise ValueError(
+            f"{group[0].path} and {odd[0]} were tried on different problems and have no common mean: give one sweep, "
+            "or --by with the fields that tell them apart"
+        )
+
+
 def _check_fields(option: str, given: Sequence[str], cells: Sequence[Cell]) -> None:
     valid = list(cells[0].fields)
     if unknown := [f for f in given if f not in valid]:
@@ -162,7 +213,7 @@ def _twin(cell: Cell, against: str) -> tuple[str, ...]:
     """What a cell and its control agree in: all but the field compared and, between sources, the filters."""
     field = against.partition("=")[0]
     free = {field} | (_FILTERS if field == "calib" else set())
-    return tuple(value for name, value in cell.fields.items() if name not in free)
+    return tuple(value for name, value in cell.fields.items() if name.partition(".")[0] not in free)
 
 
 def _control(cells: Sequence[Cell], against: str) -> dict[tuple[str, ...], NDArray[np.float64]]:
