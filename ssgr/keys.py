@@ -23,8 +23,13 @@ def key(stage: str, version: int, config: object, inputs: Mapping[str, str]) -> 
         TypeError, ValueError: as `describe`.
     """
     whole = {"stage": stage, "version": version, "config": describe(config), "inputs": describe(dict(inputs))}
-    canonical = json.dumps(whole, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:KEY_LENGTH]
+    return digest(whole)[:KEY_LENGTH]
+
+
+def digest(obj: object) -> str:
+    """The sha256 of the description of `obj`, for what is too long to stand in a manifest."""
+    canonical = json.dumps(describe(obj), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def describe(obj: object) -> Json:

@@ -99,7 +99,8 @@ class _Flow:
     ) -> tuple[Artefact, list[Problem]]:
         """Traces of the dense model (`pruned` is None) or of a pruned one."""
         model, read = self.x.model, problems.read(split)
-        config = {"model": model, "problems": problems, "split": split, "sampler": engine, "decoding": decoding}
+        asked = [(problem.id, problem.question) for problem in read]
+        config = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
         inputs = {"prune": pruned.key} if pruned else {}
 
         def load() -> Any:
@@ -117,8 +118,9 @@ class _Flow:
             graded = grade.grade(traces, problems, self.tokenizer, self.x.grader)
             tables.write_graded(work / grade.GRADED, graded)
 
-        inputs = {"sample": sampled.key}
-        return self._stage(name, "grade", grade.VERSION, {"grader": self.x.grader}, inputs, make)
+        answers = [(problem.id, problem.answer, problem.level) for problem in problems]
+        config = {"grader": self.x.grader, "answers": keys.digest(answers)}
+        return self._stage(name, "grade", grade.VERSION, config, {"sample": sampled.key}, make)
 
     def selected(self) -> Artefact:
         """The calibration set; traces are sampled and graded only if the source needs them."""
@@ -136,7 +138,7 @@ class _Flow:
         config = {
             "source": x.calib,
             "model": x.model,
-            "problems": x.problems if needs == "problems" else None,
+            "problems": keys.digest(problems) if needs == "problems" else None,
             "policy": x.policy if {"difficulty", "length"} & uses else None,
             "scope": x.scope if "scope" in uses else None,
             "budget": x.budget,
@@ -181,7 +183,7 @@ class _Flow:
         def make(work: Path) -> None:
             attempts = evaluate.outcomes(tables.read_graded(graded.path / grade.GRADED))
             tables.write_outcomes(work / evaluate.OUTCOMES, attempts)
-            found = evaluate.score(bench.name, attempts, sampled.run.seconds)
+            found = evaluate.score(bench.name, attempts, sample.seconds(sampled.path))
             (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
 
         config = {"bench": bench.name}

@@ -159,3 +159,28 @@ def test_real_problem_files(tmp_path: Path) -> None:
     both = problems.read("calibration") + problems.read("test")
     assert len(both) == 1500
     assert {p.level for p in both} == {1, 2, 3, 4, 5} and all(p.solution for p in both)
+
+
+def test_what_is_read_does_not_depend_on_the_name_of_the_file(tmp_path: Path) -> None:
+    line = json.dumps({"problem": "1+1?", "answer": "2"})
+    (tmp_path / "a.jsonl").write_text(line)
+    (tmp_path / "b.jsonl").write_text(line)
+    read = [
+        JsonlProblems(str(tmp_path / f"{n}.jsonl"), Columns(), str(tmp_path / f"{n}.jsonl")).read("test") for n in "ab"
+    ]
+    assert [(p.id, p.question) for p in read[0]] == [(p.id, p.question) for p in read[1]] == [("row/1", "1+1?")]
+
+
+def test_a_limit_stops_the_reading(tmp_path: Path) -> None:
+    good = json.dumps({"problem": "1+1?", "answer": "2"})
+    (tmp_path / "a.jsonl").write_text(f"{good}\n{good}\nnot JSON\n")
+    path = str(tmp_path / "a.jsonl")
+    assert len(JsonlProblems(path, Columns(), path, limit=2).read("calibration")) == 2
+    with pytest.raises(ValueError, match="row 3: not JSON"):
+        JsonlProblems(path, Columns(), path, limit=3).read("calibration")
+
+
+def test_a_solution_ends_where_the_answer_is_marked() -> None:
+    row = {"question": "?", "answer": "It is 7.\n#### 7"}
+    problem = Columns("question", "answer", solution="answer", answer_after="####").problem(row, 1, "gsm8k")
+    assert (problem.answer, problem.solution) == ("7", "It is 7.")

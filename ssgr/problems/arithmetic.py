@@ -21,8 +21,12 @@ class ArithmeticProblems:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "levels", tuple(self.levels))
-        if not self.levels or min(self.calibration, self.test) < 1:
-            raise ValueError("problems=arithmetic needs at least one level and one problem in each split")
+        counts = (self.calibration, self.test)
+        if not self.levels or not all(isinstance(n, int) and n > 0 for n in counts):
+            raise ValueError(
+                f"problems=arithmetic: levels={list(self.levels)} calibration={self.calibration} test={self.test}: give at "
+                "least one level, and whole numbers of at least 1, without a point or exponent"
+            )
 
     def read(self, split: Split) -> list[Problem]:
         """Draw the problems of `split`: levels in turn, no problem twice.

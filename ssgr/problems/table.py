@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,10 @@ from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
 _TEST_SHARE = 10  # one row in ten, by a hash of its question, is kept for the test split where the source has none
+
+
+class _BadRow(ValueError):
+    """A row without a question or an answer; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +40,21 @@ class Columns:
         for role in ("question", "answer"):
             column = getattr(self, role)
             if row.get(column) in (None, ""):
-                raise ValueError(
+                raise _BadRow(
                     f"{source}, row {number}: no {role} in column {column!r}; its columns are {', '.join(row) or 'none'}. "
                     f"Type problems.columns.{role}=COLUMN, or mend the row"
                 )
-        answer = str(row[self.answer])
+        answer, solution = str(row[self.answer]), row.get(self.solution) if self.solution else None
         if self.answer_after and self.answer_after in answer:
             answer = answer.rsplit(self.answer_after, 1)[1].strip()
+            solution = solution and str(solution).rsplit(self.answer_after, 1)[0].strip()
         return Problem(
-            id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"{source}/{number}",
+            id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{number}",
             question=str(row[self.question]),
             answer=answer,
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
-            solution=str(row[self.solution]) if self.solution and row.get(self.solution) else None,
+            solution=str(solution) if solution else None,
         )
 
 
@@ -69,11 +75,6 @@ class JsonlProblems:
     test_path: str | None = None
     limit: int | None = None
 
-    def key_content(self) -> object:
-        """Files are keyed by what they hold."""
-        sums = [hashlib.sha256(_file(p).read_bytes()).hexdigest() for p in (self.path, self.test_path) if p]
-        return {"sha256": sums, "columns": self.columns, "limit": self.limit}
-
     def read(self, split: Split) -> list[Problem]:
         """The problems of `split`.
 
@@ -83,7 +84,7 @@ class JsonlProblems:
         own = self.test_path is not None
         path = _file(self.test_path if own and split == "test" else self.path)  # type: ignore[arg-type]
         rows = _of_split(_jsonl(path, self.columns), split, own)
-        return checked(rows[: self.limit], f"problems.path={path}, split {split},")
+        return checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
 
 
 def _file(name: str) -> Path:
@@ -109,10 +110,8 @@ def _jsonl(path: Path, columns: Columns) -> Iterable[Problem]:
             yield columns.problem(row, number, path.stem)
 
 
-def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> list[Problem]:
-    if own:
-        return list(problems)
-    return [p for p in problems if (_bucket(p.question) == 0) == (split == "test")]
+def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> Iterator[Problem]:
+    return (p for p in problems if own or (_bucket(p.question) == 0) == (split == "test"))
 
 
 def _bucket(question: str) -> int:
@@ -130,7 +129,7 @@ class HubProblems:
     subset: str | None = None
     revision: str | None = None
     limit: int | None = None
-    streaming: bool = field(default=False, metadata={"key": False})
+    streaming: bool = False
 
     def read(self, split: Split) -> list[Problem]:
         """The problems of `split`; like JSONL, one row in ten is the test split where the source has none.
@@ -146,10 +145,13 @@ class HubProblems:
             data = datasets.load_dataset(
                 self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
             )
+            rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(data, 1))
+            problems = list(islice(_of_split(rows, split, own), self.limit))
+        except _BadRow:
+            raise
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no data
             raise ValueError(
                 f"problems.path={self.path} subset={self.subset} split={part} revision={self.revision} cannot be "
                 f"loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
-        rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(data, 1))
-        return checked(_of_split(rows, split, own)[: self.limit], f"problems.path={self.path}, split {part},")
+        return checked(problems, f"problems.path={self.path}, split {part},")
