@@ -9,19 +9,23 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request
 from ssgr.sampler.hf import HfSampler, decode, pick, stop_ids
 from ssgr.sampler.replay import ReplaySampler
-from ssgr.stages.sample import sample
+from ssgr.stages.sample import sample, seconds
 from ssgr.tables import read_traces, write_traces
 from tests.conftest import TINY, random_model
 
 SAMPLING = Decoding(2, 0.6, 0.95, 120, 0)
 GREEDY = Decoding(1, 0.0, 1.0, 80, 0)
+
+
+def _never() -> PreTrainedModel:
+    raise AssertionError("nothing was left to sample")
 
 
 def requests(tokenizer: PreTrainedTokenizerBase, problems: int = 12, attempts: int = 2) -> list[Request]:
@@ -153,6 +157,10 @@ def test_a_killed_run_samples_only_what_is_missing(tokenizer: PreTrainedTokenize
     other = tmp_path / "undisturbed"
     other.mkdir()
     assert got == sample(TINY.load, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)
+    spent = seconds(tmp_path)
+    assert spent > 0
+    again = sample(_never, tokenizer, prompt, problems, HfSampler(4), SAMPLING, tmp_path)  # killed while published
+    assert again == got and seconds(tmp_path) == spent
     assert read_traces(tmp_path / "traces.parquet") == got
 
 
@@ -187,3 +195,14 @@ def test_bad_decoding_is_refused(bad: dict[str, float]) -> None:
     good = {"attempts": 1, "temperature": 0.6, "top_p": 0.95, "max_new_tokens": 5, "seed": 0}
     with pytest.raises(ValueError, match=r"at least 1|0 < top_p"):
         Decoding(**{**good, **bad})  # type: ignore[arg-type]
+
+
+def test_replayed_traces_of_another_model_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"problem_id": "a", "attempt": 0, "generated_ids": [151643], "finish": "stop"}
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="outside the model's vocabulary of 512"):
+        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("a", 0, (1,))], GREEDY))
+    file.write_text("[1]")
+    with pytest.raises(ValueError, match=r"t\.jsonl, row 1: a trace must be a JSON object"):
+        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("a", 0, (1,))], GREEDY))

@@ -23,8 +23,9 @@ class Decoding:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.attempts < 1 or self.max_new_tokens < 1:
-            raise ValueError("attempts and max_new_tokens must be at least 1")
+        for name, n in (("attempts", self.attempts), ("max_new_tokens", self.max_new_tokens)):
+            if not isinstance(n, int) or n < 1:
+                raise ValueError(f"{name}={n}: give a whole number of at least 1, without a point or exponent")
         if self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature={self.temperature} top_p={self.top_p}: give temperature >= 0 (0 is greedy) and 0 < top_p <= 1"

@@ -54,7 +54,14 @@ class ReplaySampler:
                 f"sampler.engine.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
                 f"{first.attempt} of {first.problem_id}; lower sampler.decoding.attempts or give the file of these problems"
             )
-        yield [self._trace(r, saved[r.problem_id, r.attempt]) for r in requests]
+        traces = [self._trace(r, saved[r.problem_id, r.attempt]) for r in requests]
+        for trace in traces:
+            if not all(0 <= i < len(tokenizer) for i in (*trace.prompt_ids, *trace.generated_ids)):
+                raise ValueError(
+                    f"sampler.engine.path={self.path}: attempt {trace.attempt} of {trace.problem_id} holds token ids outside "
+                    f"the model's vocabulary of {len(tokenizer)}: these are traces of another model"
+                )
+        yield traces
 
     def _trace(self, request: Request, row: Mapping[str, Any]) -> Trace:
         prompt = tuple(row.get("prompt_ids") or request.prompt_ids)
@@ -85,9 +92,20 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
         rows = pq.read_table(path).to_pylist()
     else:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        rows = [_row(line, f"{path.name}, row {number}") for number, line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         lacking = [name for name in _NEEDED if row.get(name) is None]
         if lacking:
             raise ValueError(f"{path.name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(_NEEDED)}")
         yield row
+
+
+def _row(line: str, where: str) -> Mapping[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: a trace must be a JSON object with {', '.join(_NEEDED)}")
+    return row

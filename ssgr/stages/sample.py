@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +17,7 @@ from ssgr.stages.progress import Progress
 from ssgr.tables import read_traces, write_traces
 
 VERSION = 1
-TRACES = "traces.parquet"
+TRACES, SECONDS = "traces.parquet", "seconds.json"
 
 
 def sample(
@@ -35,9 +37,10 @@ def sample(
     Raises:
         ValueError: a prompt leaves no room in the context, or the sampler's saved traces do not serve.
     """
-    parts = work / "parts"
+    parts, whole = work / "parts", work / TRACES
     parts.mkdir(exist_ok=True)
-    have = {(t.problem_id, t.attempt): t for part in sorted(parts.glob("*.parquet")) for t in read_traces(part)}
+    saved = [whole] if whole.exists() else sorted(parts.glob("*.parquet"))  # whole: killed while it was published
+    have = {(t.problem_id, t.attempt): t for part in saved for t in read_traces(part)}
     requests = [
         Request(problem.id, attempt, prompt_ids(problem.question))
         for problem in problems
@@ -46,10 +49,11 @@ def sample(
     missing = [r for r in requests if (r.problem_id, r.attempt) not in have]
     if missing:
         model = load() if sampler.wants_model else None
-        start, tokens = time.perf_counter(), 0
+        start, tokens, before = time.perf_counter(), 0, seconds(work)
         with Progress(what, len(requests), len(requests) - len(missing)) as progress:
             for batch in sampler.sample(model, tokenizer, missing, decoding):
                 write_traces(parts / f"{len(have):08d}.parquet", batch)
+                _write_beside(work / SECONDS, json.dumps(before + time.perf_counter() - start))
                 have |= {(t.problem_id, t.attempt): t for t in batch}
                 tokens += sum(len(t.generated_ids) for t in batch)
                 progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
@@ -57,8 +61,17 @@ def sample(
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     traces = [have[r.problem_id, r.attempt] for r in requests]
-    write_traces(work / TRACES, traces)
-    for part in parts.glob("*"):
-        part.unlink()
-    parts.rmdir()
+    write_traces(whole, traces)
+    shutil.rmtree(parts)
     return traces
+
+
+def seconds(folder: Path) -> float:
+    """Seconds of sampling behind the traces in `folder`, those of killed runs included; 0 if none were sampled."""
+    path = folder / SECONDS
+    return float(json.loads(path.read_text())) if path.exists() else 0.0
+
+
+def _write_beside(path: Path, text: str) -> None:
+    path.with_suffix(".tmp").write_text(text)
+    path.with_suffix(".tmp").replace(path)
