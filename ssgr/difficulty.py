@@ -29,6 +29,11 @@ class Difficulty:
                 "shares of wrong attempts need 0 <= low <= high <= 1, such as difficulty.low=0.5 difficulty.high=1"
             )
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every problem lies in the band."""
+        return self.low == 0 and self.high == 1 and self.always_solved and self.never_solved
+
     def holds(self, wrong: float) -> bool:
         """Whether a problem with this share of wrong attempts lies in the band."""
         if wrong == 0:

@@ -31,6 +31,11 @@ class Length:
                 "give 0 <= low < high (percentiles up to 100), such as length.low=33 length.high=67"
             )
 
+    @property
+    def holds_all(self) -> bool:
+        """Whether every trace lies in the band."""
+        return not self.low and (self.high is None or (self.unit == "percentile" and self.high == 100))
+
     def bounds(self, lengths: Sequence[int]) -> tuple[float, float]:
         """The band in tokens, [low, high), among `lengths`; unbounded sides are 0 and infinity."""
         if self.unit == "tokens" or not lengths:

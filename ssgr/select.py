@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -15,6 +16,7 @@ from ssgr.length import Length
 from ssgr.records import Funnel, Graded, Row, Verdict
 
 Balance = Literal["none", "level", "length"]
+_log = logging.getLogger("ssgr")
 _EXCHANGES = 20  # random exchanges tried a row: enough to reach any reachable token count
 
 
@@ -33,8 +35,9 @@ class Budget:
                 f"budget.tokens={self.tokens} budget.rows={self.rows}: give exactly one, "
                 "such as budget.tokens=8192, or budget.tokens=null budget.rows=128"
             )
-        if any(n is not None and n < 1 for n in (self.tokens, self.rows, self.max_row_tokens)):
-            raise ValueError("budget: tokens, rows and max_row_tokens must be at least 1")
+        for name, n in (("tokens", self.tokens), ("rows", self.rows), ("max_row_tokens", self.max_row_tokens)):
+            if n is not None and (not isinstance(n, int) or n < 1):
+                raise ValueError(f"budget.{name}={n}: give a whole number of at least 1, without a point or exponent")
         if self.overlong not in ("drop", "window"):
             raise ValueError(f"budget.overlong={self.overlong!r}: valid choices are drop, window")
 
@@ -90,6 +93,8 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
     )
     if not kept:
         raise ValueError(f"the selection is empty: {show(funnel)}; {_nearest(fit, wrong, policy)}")
+    if policy.balance != "none":
+        _see_strata(fit if policy.balance == "length" else hard, [strata[i] for i in kept], policy)
     balanced = None if policy.balance == "none" else tuple(strata[i] for i in kept)
     return Candidates(tuple(as_row(hard[i]) for i in kept), funnel, balanced)
 
@@ -104,6 +109,25 @@ def _strata(pool: Sequence[Graded], of: Sequence[Graded], balance: Balance) -> l
         edges = np.percentile([len(g.trace.generated_ids) for g in pool] or [0], [100 / 3, 200 / 3])
         return [int(np.searchsorted(edges, len(g.trace.generated_ids), "right")) for g in of]
     return [g.level for g in of]
+
+
+def _see_strata(pool: Sequence[Graded], held: Sequence[Hashable], policy: Policy) -> None:
+    """Warn where the band lacks a stratum of the pool: it is then not drawn at the mix of the other bands.
+
+    Raises:
+        ValueError: levels are to be balanced, and there are none.
+    """
+    there = set(_strata(pool, pool, policy.balance))
+    if there == {None}:
+        raise ValueError(
+            "select.balance=level: these problems have no level; name its column with problems.columns.level=COLUMN"
+        )
+    if lacking := sorted(there - set(held), key=repr):
+        _log.warning(
+            "select.balance=%s: difficulty=%s length=%s holds no trace of %s %s, so its mix is not that of other bands",
+            policy.balance, policy.difficulty.name, policy.length.name,
+            "level" if policy.balance == "level" else "length third", ", ".join(map(str, lacking)),
+        )  # fmt: skip
 
 
 def _in_band(graded: Sequence[Graded], strata: Sequence[Hashable], length: Length) -> list[int]:
@@ -134,8 +158,10 @@ def _nearest(fit: Sequence[Graded], wrong: dict[str, float], policy: Policy) -> 
 
 
 def fit_rows(candidates: Candidates, budget: Budget) -> Candidates:
-    """Drop or window rows longer than `budget.max_row_tokens`, and count them in the funnel."""
-    limit = budget.max_row_tokens
+    """Drop or window rows longer than `budget.max_row_tokens` or the whole budget, and count them in the funnel."""
+    limit, option = budget.max_row_tokens, "max_row_tokens"
+    if not candidates.windowed and budget.tokens is not None and budget.tokens < limit:
+        limit, option = budget.tokens, "tokens"
     if all(len(row) <= limit for row in candidates.rows):
         return candidates
     kept = [i for i, row in enumerate(candidates.rows) if len(row) <= limit or budget.overlong == "window"]
@@ -146,7 +172,7 @@ def fit_rows(candidates: Candidates, budget: Budget) -> Candidates:
     if not rows:
         raise ValueError(
             f"the selection is empty: {show(funnel)}; nearest: type budget.overlong=window, "
-            f"or budget.max_row_tokens={min(len(row) for row in candidates.rows)}"
+            f"or budget.{option}={min(len(row) for row in candidates.rows)}"
         )
     strata = candidates.strata and tuple(candidates.strata[i] for i in kept)
     return replace(candidates, rows=rows, funnel=funnel, strata=strata)
@@ -167,6 +193,10 @@ def draw(candidates: Candidates, budget: Budget, seed: int) -> tuple[Row, ...]:
         ValueError: the candidates hold fewer rows or tokens than the budget asks for.
     """
     rows = candidates.rows
+    if not rows:
+        raise ValueError(
+            f"the selection is empty: {show(candidates.funnel)}; give more text or problems, or a smaller calib.window"
+        )
     tokens, total = budget.tokens, sum(map(len, rows))
     if (tokens or 0) > total or (budget.rows or 0) > len(rows):
         asked = f"budget.tokens={tokens}" if tokens else f"budget.rows={budget.rows}"

@@ -153,9 +153,9 @@ def test_a_budget_over_the_pool_names_what_it_holds() -> None:
 
 def test_overlong_rows_are_dropped_or_windowed_and_counted() -> None:
     candidates = rows([10, 50, 20])
-    dropped = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20))
+    dropped = fit_rows(candidates, Budget(tokens=100, max_row_tokens=20))
     assert [len(r) for r in dropped.rows] == [10, 20] and dropped.funnel[-1] == ("at most 20 tokens", 2)
-    windowed = fit_rows(candidates, Budget(tokens=10, max_row_tokens=20, overlong="window"))
+    windowed = fit_rows(candidates, Budget(tokens=100, max_row_tokens=20, overlong="window"))
     assert [len(r) for r in windowed.rows] == [10, 20, 20] and windowed.funnel[-1] == (
         "windowed to 20 tokens (1 cut)",
         3,
@@ -194,3 +194,32 @@ def test_the_control_matches_rows_and_tokens() -> None:
 def test_bad_budgets_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="budget"):
         Budget(**bad)  # type: ignore[arg-type]
+
+
+def test_rows_longer_than_the_whole_budget_are_counted() -> None:
+    found = fit_rows(rows([10, 500, 20]), Budget(tokens=25, max_row_tokens=4096))
+    assert found.funnel[-1] == ("at most 25 tokens", 2)
+    with pytest.raises(ValueError, match=r"0 at most 25 tokens; nearest: .*budget\.tokens=400"):
+        fit_rows(rows([500, 400]), Budget(tokens=25, max_row_tokens=4096))
+
+
+def test_nothing_to_draw_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"the selection is empty: .*smaller calib\.window"):
+        draw(rows([]), Budget(tokens=10), 0)
+
+
+@pytest.mark.parametrize("bad", [{"tokens": 1e3}, {"tokens": 0}, {"tokens": None, "rows": 1.5}])
+def test_budgets_are_whole_numbers(bad: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="give a whole number of at least 1"):
+        Budget(**bad)  # type: ignore[arg-type]
+
+
+def test_a_band_without_a_stratum_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    traces = [graded(f"p{i}", a, True, 10 * i + a, level=i) for i in (1, 2) for a in range(8)]
+    band = Length("long", "tokens", 20, None)
+    with caplog.at_level("WARNING", "ssgr"):
+        eligible(traces, "right", Policy(ANY, band, "level"))
+    assert "select.balance=level: difficulty=any length=long holds no trace of level 1" in caplog.text
+    bare = [Graded(g.trace, g.answer, g.verdict, None) for g in traces]
+    with pytest.raises(ValueError, match="these problems have no level"):
+        eligible(bare, "right", Policy(ANY, EVERY, "level"))

@@ -11,6 +11,7 @@ from ssgr.select import Budget, Policy, draw, fit_rows, match
 
 VERSION = 1
 ROWS, SUMMARY = "calibration.parquet", "calibration.json"
+_SHORTFALL = 0.99  # a smaller share of the budget than this is no longer the same budget
 _log = logging.getLogger("ssgr")
 
 
@@ -27,7 +28,14 @@ def select(source: Source, material: Material, policy: Policy, scope: Scope, bud
     else:
         rows = draw(candidates, budget, source.draw)
     weights = tuple(scope.weights(row) if "scope" in source.uses else (1.0,) * len(row) for row in rows)
-    asked = budget.tokens if budget.tokens is not None else sum(map(len, rows))
+    realised = sum(map(len, rows))
+    asked = realised if budget.tokens is None else budget.tokens
+    if realised < _SHORTFALL * asked and not source.matches:
+        _log.warning(
+            "calib=%s: %d of %d tokens drawn, as every row left is longer than the rest; sources with shorter rows draw "
+            "more. Type budget.tokens=%d to compare them",
+            source.name, realised, asked, realised,
+        )  # fmt: skip
     funnel = (*candidates.funnel, ("drawn", len(rows)))
     return CalibrationSet(source.name, tuple(sorted(rows, key=_by_id)), _sorted(rows, weights), funnel, asked)
 
@@ -42,11 +50,12 @@ def _sorted(rows: tuple[Row, ...], weights: tuple[tuple[float, ...], ...]) -> tu
 
 def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:
     """Warn by name of each filter that `source` cannot apply."""
-    chosen = {"difficulty": policy.difficulty.name != "any", "length": policy.length.name != "any"}
-    values = {"difficulty": policy.difficulty.name, "length": policy.length.name, "scope": scope.name}
-    chosen["scope"] = scope.name != "both"
-    for group, set_ in chosen.items():
-        if set_ and group not in source.uses:
-            _log.warning(
-                "%s=%s has no effect on calib=%s, which has nothing to apply it to", group, values[group], source.name
-            )
+    chosen = {
+        "difficulty": (policy.difficulty.name, not policy.difficulty.holds_all),
+        "length": (policy.length.name, not policy.length.holds_all),
+        "select.balance": (policy.balance, policy.balance != "none"),
+        "scope": (scope.name, scope.name != "both"),
+    }
+    for group, (value, filters) in chosen.items():
+        if filters and ("difficulty" if group == "select.balance" else group) not in source.uses:
+            _log.warning("%s=%s has no effect on calib=%s, which has nothing to apply it to", group, value, source.name)
