@@ -57,9 +57,11 @@ class Corpus(_Plain):
         return "nothing"
 
     def key_content(self) -> object:
-        """A file is keyed by what it holds, a dataset by its name and revision."""
+        """A file or a folder is keyed by what it holds, a dataset by its name and revision."""
         path = Path(self.text).expanduser()
-        text = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else self.text
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
+        sums = [(f.suffix, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
+        text = sums if files and self.text != _PROSE else self.text
         rest = (self.name, self.draw, self.window, self.column, self.subset, self.split, self.revision)
         return {"text": text, "rest": rest}
 
@@ -115,9 +117,15 @@ def _file_documents(path: Path, column: str) -> Iterable[str]:
         return
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
-            row = json.loads(line) if line.strip() else {column: ""}
-            if column not in row:
-                raise ValueError(f"{path.name}, row {number}: no column {column!r}; it has {', '.join(row)}")
+            try:
+                row = json.loads(line) if line.strip() else {column: ""}
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
+                ) from error
+            if not isinstance(row, dict) or column not in row:
+                there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
+                raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
             if row[column]:
                 yield str(row[column])
 
@@ -142,7 +150,10 @@ class Prompts(_Plain):
 
 @dataclass(frozen=True)
 class Written(_Plain):
-    """Reference solutions, as somebody else wrote them, after the prompt and inside the thinking tags."""
+    """Reference solutions, as somebody else wrote them, after the prompt and inside the thinking tags, then the answer.
+
+    An answer that is the whole solution (as in MATH) is not said twice.
+    """
 
     @property
     def needs(self) -> Needs:
@@ -166,7 +177,10 @@ class Written(_Plain):
         for problem in material.problems:
             if problem.solution:
                 prompt = material.prompt_ids(problem.question)
-                text = f"{problem.solution}\n{material.end_think}\n{problem.answer}"
+                answer = "" if problem.answer == problem.solution else f"\n{problem.answer}"
+                opened = material.end_think.replace("/", "")
+                opening = "" if str(tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(opened) else f"{opened}\n"
+                text = f"{opening}{problem.solution}\n{material.end_think}{answer}"
                 response = [*tokenizer(text, add_special_tokens=False)["input_ids"], *stop]
                 rows.append(Row(prompt + tuple(response), len(prompt), problem.id, problem.level))
         if not rows:

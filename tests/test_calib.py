@@ -1,0 +1,70 @@
+"""Sources of calibration rows that need no traces."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from ssgr import keys
+from ssgr.calib import Material
+from ssgr.calib.rows import Corpus, Written
+from ssgr.difficulty import Difficulty
+from ssgr.length import Length
+from ssgr.records import Problem
+from ssgr.select import Policy
+from tests.conftest import TINY
+
+NO_FILTER = Policy(Difficulty("any", 0, 1, True, True), Length("any", "percentile", None, None))
+
+
+def material(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompt: str) -> Material:
+    ids = tuple(tokenizer(prompt)["input_ids"])
+    return Material(tokenizer, lambda question: ids, [problem], [], 100, 100, TINY.end_think)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "text"),
+    [
+        ("1+2<think>\n", "3", "1+2=3.\n</think>\n3<|eos|>"),  # the template opens the thinking
+        ("1+2", "3", "<think>\n1+2=3.\n</think>\n3<|eos|>"),  # the model does
+        ("1+2<think>\n", "1+2=3.", "1+2=3.\n</think><|eos|>"),  # the answer is the whole solution, as in MATH
+    ],
+)
+def test_a_written_solution_is_inside_the_thinking_once(
+    prompt: str, answer: str, text: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    problem = Problem("a", "1+2", answer, "x", None, "1+2=3.")
+    (row,) = Written("written", 0).candidates(material(tokenizer, problem, prompt), NO_FILTER).rows
+    assert tokenizer.decode(list(row.ids[row.prompt_tokens :])) == text
+    assert tokenizer.decode(list(row.ids[: row.prompt_tokens])) == prompt
+
+
+def test_text_is_keyed_by_what_it_holds_and_how_it_is_read(tmp_path: Path) -> None:
+    def key(name: str) -> str:
+        return keys.digest(Corpus("corpus", 0, str(tmp_path / name), 64))
+
+    line = json.dumps({"text": "one"})
+    for name, content in (
+        ("a.jsonl", line),
+        ("b.jsonl", line),
+        ("c.txt", line),
+        ("d.jsonl", "{}"),
+        ("e/f.jsonl", line),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert key("a.jsonl") == key("b.jsonl")
+    assert len({key(name) for name in ("a.jsonl", "c.txt", "d.jsonl")}) == 3
+    before = key("e")
+    (tmp_path / "e" / "f.jsonl").write_text("{}")
+    assert key("e") != before
+
+
+def test_a_bad_line_of_text_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\nnot JSON\n')
+    problem = Problem("a", "1+2", "3", "x", None, None)
+    with pytest.raises(ValueError, match=r"a\.jsonl, row 2: not JSON"):
+        Corpus("corpus", 0, str(tmp_path / "a.jsonl"), 64).candidates(material(tokenizer, problem, "1"), NO_FILTER)
