@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 Z95 = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 RESAMPLES = 10_000
+_RIGHT = "\0right"  # one name for all ways to write the right answer
 
 
 def wilson(right_PG: NDArray[np.float64]) -> tuple[float, float]:
@@ -55,11 +56,16 @@ def pass_at_k(right: int, attempts: int, k: int) -> float:
 
 
 def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
-    """Whether the most frequent answer is right; among tied answers the share of right ones; no answer never votes."""
-    votes = Counter(answer for answer in answers if answer is not None)
+    """Whether the most frequent answer is right; among tied answers the share of right ones; no answer never votes.
+
+    All right answers are one, however they are written; wrong ones are told apart by their text without spaces and
+    thousands separators.
+    """
+    pairs = zip(answers, right, strict=True)
+    plain = [_RIGHT if ok else "".join(a.replace(",", "").split()) for a, ok in pairs if a is not None]
+    votes = Counter(plain)
     if not votes:
         return 0.0
     most = max(votes.values())
     tied = [answer for answer, n in votes.items() if n == most]
-    verdicts = dict(zip(answers, right, strict=True))
-    return sum(verdicts[answer] for answer in tied) / len(tied)
+    return (_RIGHT in tied) / len(tied)

@@ -75,6 +75,8 @@ def test_majority() -> None:
     assert majority(["7", "8"], [True, False]) == 0.5
     assert majority([None, None, "7"], [False, False, True]) == 1  # no answer has no vote
     assert majority([None, None], [False, False]) == 0
+    assert majority(["1000", "1,000", "7", "7", "8"], [True, True, False, False, False]) == 0.5  # one answer, two ways
+    assert majority(["1 000", "1,000", "7"], [False, False, True]) == 0
 
 
 def test_score_counts() -> None:
