@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr.model import Model
+
+settings.register_profile("ssgr", deadline=None)  # no test asserts a time
+settings.load_profile("ssgr")
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

@@ -28,6 +28,8 @@ CASES = {
     "device": (["device=gpu0"], ["gpu0", "cuda"]),
     "dtype": (["model.dtype=fp8"], ["fp8", "bfloat16"]),
     "text": (["calib=corpus", "calib.text=no/such.txt", "bench=smoke"], ["calib.text=no/such.txt", "prose"]),
+    "whole budget": (["budget.tokens=1e3"], ["budget.tokens=1000.0", "without a point or exponent"]),
+    "exclude": (["pruner.exclude=[lm_hed]"], ["pruner.exclude", "lm_hed", "self_attn.q_proj"]),
     "level": (["problems.levels=[12]"], ["1 to 8"]),
 }
 

@@ -59,8 +59,8 @@ def test_every_choice_composes_and_instantiates(file: Path) -> None:
 def test_every_key_has_a_comment(file: Path) -> None:
     for number, line in enumerate(file.read_text().splitlines(), 1):
         key = re.match(r"^\s*([\w/@.]+):\s*(\S.*)?$", line)
-        if key is None or key[1] == "_target_" or not key[2]:
-            continue  # a comment, a list item, a section
+        if key is None or key[1] in ("_target_", "defaults"):
+            continue  # a comment, a list item, what Hydra itself reads
         assert re.search(r"\s#\s\S", line), f"{file.relative_to(ROOT)}:{number}: {line!r} has no comment"
 
 
@@ -95,6 +95,10 @@ def test_every_experiment_is_a_sweep_with_draws(name: str) -> None:
     assert isinstance(params, dict) and "calib.draw" in params
     assert cfg.hydra.mode == hydra.types.RunMode.MULTIRUN
     assert cfg.problems.get("test", cfg.problems.get("limit")) >= 512  # tables have a limit a split
+    for axis, values in params.items():
+        for value in str(values).split(","):
+            if not value.startswith("range"):
+                assert isinstance(build(f"experiment={name}", f"{axis}={value}"), Experiment)
 
 
 def test_config_groups_are_the_agreed_ones() -> None:

@@ -113,14 +113,14 @@ def test_every_part_of_a_key_counts(other: tuple[Any, ...]) -> None:
     assert key("s", 1, {"a": 1}, {"i": "k"}) != key(*other)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(JSON_VALUES)
 def test_a_description_survives_json_and_another_description(value: Any) -> None:
     described = describe(value)
     assert json.loads(json.dumps(described)) == described == describe(described)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(JSON_VALUES, JSON_VALUES)
 def test_keys_are_equal_exactly_when_canonical_json_is(a: Any, b: Any) -> None:
     same = json.dumps(a, sort_keys=True) == json.dumps(b, sort_keys=True)

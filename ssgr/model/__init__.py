@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 _PACKAGED = "pkg://"
-_HASHED_WHOLE = 2 << 30  # bytes: larger weight files are keyed by size, head and tail
+_HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
+_SAMPLE, _STRIDE = 1 << 16, 1 << 20  # 64 KiB of every MiB: no matrix that changed is missed
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,9 @@ class Model:
     system: str | None = None
     end_think: str = "</think>"
     trust_remote_code: bool = False
+    max_new_tokens: int = field(default=32768, metadata={"key": False})  # what sampler and bench take by default
+    calibration_tokens: int = field(default=262144, metadata={"key": False})  # likewise the budget
+    max_row_tokens: int = field(default=34816, metadata={"key": False})  # likewise its longest row
     device: str = field(default="auto", metadata={"key": False})
 
     def __post_init__(self) -> None:
@@ -156,7 +161,7 @@ class _explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = (
                 "model.trust_remote_code=true runs the code in that repository; " if "remote_code" in str(error) else ""
@@ -185,6 +190,7 @@ def _checksum(file: Path) -> str:
                 digest.update(chunk)
         else:
             digest.update(stream.read(1 << 24))
-            stream.seek(-(1 << 24), 2)
-            digest.update(stream.read())
+            for at in range(1 << 24, size, _STRIDE):
+                stream.seek(at)
+                digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()

@@ -77,6 +77,11 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
         ValueError: its blocks or linear layers are not found, or n:m does not divide a layer's inputs.
     """
     block, blocks = decoder_blocks(model)
+    for pattern in pruner.exclude:
+        if len(linear_layers(blocks[0], (pattern,))) == len(linear_layers(blocks[0], ())):
+            raise ValueError(
+                f"pruner.exclude: {pattern!r} matches no layer; layers are {', '.join(linear_layers(blocks[0], ()))}"
+            )
     for i, layers in enumerate(linear_layers(b, pruner.exclude) for b in blocks):
         for name, layer in layers.items():
             if sparsity.group and layer.in_features % sparsity.group:
