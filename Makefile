@@ -20,7 +20,7 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Torch first, by its exact version: constraints.txt pins the build without CUDA for this Makefile and CI.
+# Torch first, by the exact version of constraints.txt, so that pip never weighs another build against it.
 .venv/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
