@@ -123,6 +123,15 @@ def generate(level: int, split: Split, rng: random.Random) -> Arithmetic:
             return Arithmetic(question, tree, value(tree))
 
 
+def single(rng: random.Random) -> Arithmetic:
+    """Draw one operation on numbers of one to three digits, as they occur in the middle of long problems; of train."""
+    while True:
+        a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for digits in rng.choices((1, 2, 3), (1, 2, 2), k=2))
+        tree: Tree = (rng.choice("++--*"), a, b)
+        if _in_range(tree) and split_of(tree) == "train":
+            return Arithmetic(rng.choice(_ASK).format(e=text(tree)), tree, value(tree))
+
+
 def _expression(level: int, rng: random.Random) -> Tree:
     if level == 0:
         return rng.randint(2, 99)

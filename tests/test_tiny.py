@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from ssgr import arithmetic
 from ssgr.grader.exact import Exact
 from ssgr.model.tiny import corpus, train
+from ssgr.model.tiny.muon import Muon, orthogonalised
 from ssgr.model.tiny.tokenizer import build
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Verdict
@@ -24,7 +26,7 @@ WEIGHTS = TINY.directory
 assert WEIGHTS is not None
 
 
-PLAN = (train.Phase(3, 1.0, 1.0, corpus.EVEN), train.Phase(1, 1.0, 0.0, corpus.SHORT))
+PLAN = (train.Phase(3, 1.0, 1.0, corpus.WIDE), train.Phase(1, 1.0, 0.0, corpus.SHORT))
 
 
 def test_it_is_small_and_plain() -> None:
@@ -59,7 +61,8 @@ def test_the_recipe_builds_the_shipped_tokenizer(tokenizer: PreTrainedTokenizerB
     assert own.get_vocab() == tokenizer.get_vocab()
     for question, answer in (corpus.document(rng) for _ in range(500)):
         assert own(f"{question}")["input_ids"] == tokenizer(f"{question}")["input_ids"]
-        assert own(answer)["input_ids"] == tokenizer(answer)["input_ids"]
+        response = corpus.shown(answer)
+        assert own(response)["input_ids"] == tokenizer(response)["input_ids"]
 
 
 @pytest.mark.parametrize("style", corpus.STYLES)
@@ -70,7 +73,33 @@ def test_every_style_reasons_rightly(style: str) -> None:
         text = corpus.think(problem.tree, rng, style)
         assert str(problem.answer) in text.splitlines()[-1]
         for a, op, b, c in ((s[1], s[0], s[2], s[3]) for s in arithmetic.steps(problem.tree)):
-            assert style == "rewrite" or f"{a}{op}{b}={c}" in text
+            assert f"{a}{op}{b}={c}" in text
+
+
+def test_a_mistake_is_wrong_noticed_and_put_right() -> None:
+    seen = 0
+    for seed in range(200):
+        rng = random.Random(seed)
+        problem = arithmetic.generate(4, "train", rng)
+        for line in corpus.think(problem.tree, rng, "doubting").splitlines():
+            for mistake in corpus.MISTAKE.findall(line):
+                seen += 1
+                a, op, b = re.findall(r"^(\d+)([+*-])(\d+)=", line)[0]
+                right = arithmetic.apply(op, int(a), int(b))
+                assert int(mistake) != right and f" Wait, no: {a}{op}{b}={right}." in line
+                assert f"{{{mistake}}}?" in line or re.search(r", not \d+\. Wait", line)
+    assert seen > 100
+
+
+def test_the_loss_is_on_the_response_without_its_mistakes() -> None:
+    tok = build(300)
+    response = "12+7={29}? Wait, no: 12+7=19.\n</think>\n19"
+    ids, labels = train.encode(tok, "What is 12+7?", response)
+    assert tok.decode(ids).endswith(f"<think>\n{corpus.shown(response)}<|eos|>")
+    whole = tok(corpus.shown(response))["input_ids"]
+    assert ids[-len(whole) - 1 : -1] == whole
+    learnt = tok.decode([label for label in labels if label != train.IGNORE])
+    assert learnt == "12+7=? Wait, no: 12+7=19.\n</think>\n19<|eos|>"
 
 
 def test_it_never_trains_on_other_splits() -> None:
@@ -82,6 +111,33 @@ def test_it_never_trains_on_other_splits() -> None:
             asked.add(question)
     problems = ArithmeticProblems((1, 2, 3), 500, 500, 0)
     assert not asked & {p.question for split in ("calibration", "test") for p in problems.read(split)}  # type: ignore[arg-type]
+
+
+def test_single_operations_are_those_of_the_middle_of_a_problem_and_of_train() -> None:
+    rng = random.Random(0)
+    drawn = [arithmetic.single(rng) for _ in range(2000)]
+    assert {p.level for p in drawn} == {1} and {arithmetic.split_of(p.tree) for p in drawn} == {"train"}
+    operands = [p.tree[1:] for p in drawn if isinstance(p.tree, tuple)]
+    assert sum(max(pair) > 99 for pair in operands) > 1000  # type: ignore[type-var]
+    assert all(0 <= p.answer <= arithmetic.MAX_VALUE for p in drawn)
+
+
+def test_muon_steps_are_those_of_torch_up_to_its_rounding() -> None:
+    """torch.optim.Muon orthogonalises in bfloat16."""
+    torch.manual_seed(0)
+    start, grads = torch.randn(48, 32), [torch.randn(48, 32) for _ in range(3)]
+    ends = []
+    for make in (Muon, torch.optim.Muon):
+        p = torch.nn.Parameter(start.clone())
+        settings = {} if make is Muon else {"weight_decay": 0.0}
+        opt = make([p], lr=0.1, momentum=0.9, **settings)
+        for grad in grads:
+            p.grad = grad.clone()
+            opt.step()
+        ends.append(p.detach())
+    assert float((ends[0] - ends[1]).norm()) < 0.02 * float((ends[1] - start).norm())
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(64, 24)))
+    assert float(values.min()) > 0.6 and float(values.max()) < 1.3
 
 
 def test_it_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -147,11 +203,11 @@ def test_micro_batches_are_shared_evenly_and_once() -> None:
 
 def test_the_learning_rate_rises_stays_and_falls_to_nothing() -> None:
     rates = [rate for rate, _ in train.schedule(train.PHASES)]
-    assert len(rates) == sum(phase.steps for phase in train.PHASES) == 2700
+    flat, fall = (phase.steps for phase in train.PHASES)
+    assert len(rates) == flat + fall
     assert rates[: train.WARMUP_STEPS] == sorted(rates[: train.WARMUP_STEPS]) and 0 < rates[0] < 0.05
-    assert set(rates[train.WARMUP_STEPS : 900]) == {1.0}
-    for fall in (rates[900:1800], rates[1848:]):
-        assert fall == sorted(fall, reverse=True) and 0 < fall[-1] < 0.002
+    assert set(rates[train.WARMUP_STEPS : flat]) == {1.0}
+    assert rates[flat:] == sorted(rates[flat:], reverse=True) and 0 < rates[-1] < 0.002
 
 
 def test_micro_batches_hold_whole_documents() -> None:

@@ -46,7 +46,7 @@ def build(documents: int = 20_000, seed: int = 0) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     texts = (corpus.document(rng) for _ in range(documents))
-    tokenizer.train_from_iterator((f"{q or ''}\n{a.replace(END_THINK, '')}" for q, a in texts), trainer)
+    tokenizer.train_from_iterator((f"{q or ''}\n{corpus.shown(a).replace(END_THINK, '')}" for q, a in texts), trainer)
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

@@ -25,9 +25,10 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr.model.tiny import corpus, tokenizer
+from ssgr.model.tiny.muon import Muon
 
-DOCUMENTS = 56  # a step: about 8,000 tokens
-MICRO_TOKENS = 1_000  # a micro-batch: rows of nearly equal length, so that little is padding and attention is short
+DOCUMENTS = 56  # a step: about 6,000 tokens
+MICRO_TOKENS = 600  # a micro-batch: rows of nearly equal length, so that little is padding and attention is short
 RANKS = 2  # processes of one thread each: a third more tokens a second than one process of two threads
 MUON_LR, ADAM_LR = 0.02, 3e-3
 WARMUP_STEPS = 48
@@ -45,10 +46,8 @@ class Phase:
 
 
 PHASES = (
-    Phase(900, 1.0, 1.0, corpus.EVEN),
-    Phase(900, 1.0, 0.0, corpus.EVEN),
-    Phase(48, 0.0, 0.47, corpus.SHORT),
-    Phase(852, 0.47, 0.0, corpus.SHORT),
+    Phase(1300, 1.0, 1.0, corpus.WIDE),
+    Phase(2100, 1.0, 0.0, corpus.SHORT),
 )
 
 
@@ -76,17 +75,23 @@ def model_config(tok: PreTrainedTokenizerFast) -> Qwen2Config:
 
 
 def encode(tok: PreTrainedTokenizerFast, question: str | None, response: str) -> tuple[list[int], list[int]]:
-    """Token ids and labels of one document; the question's labels are ignored."""
-    answer: list[int] = [*tok(response)["input_ids"], tok.eos_token_id]
+    """Token ids and labels of one document; the labels of the question and of mistakes are ignored."""
+    answer: list[int] = []
+    labels: list[int] = []
+    for i, part in enumerate(corpus.MISTAKE.split(response)):  # every second part is a mistake
+        ids = cast(list[int], tok(part)["input_ids"])
+        answer += ids
+        labels += [IGNORE] * len(ids) if i % 2 else ids
+    answer, labels = [*answer, tok.eos_token_id], [*labels, tok.eos_token_id]
     if question is None:
-        return [tok.bos_token_id, *answer], [IGNORE, *answer]
+        return [tok.bos_token_id, *answer], [IGNORE, *labels]
     turn = [{"role": "user", "content": question}]
     prompt = cast(list[int], tok.apply_chat_template(turn, add_generation_prompt=True, return_dict=False))
-    return prompt + answer, [IGNORE] * len(prompt) + answer
+    return prompt + answer, [IGNORE] * len(prompt) + labels
 
 
 def batches(
-    tok: PreTrainedTokenizerFast, seed: int, step: int, mix: corpus.Mix = corpus.EVEN
+    tok: PreTrainedTokenizerFast, seed: int, step: int, mix: corpus.Mix = corpus.WIDE
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Draw the documents of one step as (ids, labels) micro-batches, each (N, T), of nearly equal lengths."""
     rng = random.Random(f"{seed}/{step}")
@@ -109,7 +114,7 @@ def optimizers(model: Qwen2ForCausalLM) -> list[torch.optim.Optimizer]:
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     rest = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
     return [
-        torch.optim.Muon(matrices, lr=MUON_LR, momentum=0.95, weight_decay=0.0),
+        Muon(matrices, lr=MUON_LR, momentum=0.95),
         torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
@@ -151,9 +156,7 @@ def train(
     torch.manual_seed(seed)
     out.mkdir(parents=True, exist_ok=True)
     tok = tokenizer.build()
-    model: Qwen2ForCausalLM = Qwen2ForCausalLM._from_config(  # eager attention: a third faster on a CPU
-        model_config(tok), attn_implementation="eager"
-    )
+    model = Qwen2ForCausalLM(model_config(tok))
     plan = [phase.steps for phase in phases]
     rates = schedule(phases)
     steps = len(rates)
@@ -182,10 +185,9 @@ def train(
         targets = sum(int((labels_NT != IGNORE).sum()) for _, labels_NT in micro)
         mean = torch.zeros(())
         for ids_NT, labels_NT in share(micro, rank, ranks):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
-                logits_NTV = model(input_ids=ids_NT[:, :-1], use_cache=False).logits
+            logits_NTV = model(input_ids=ids_NT[:, :-1], use_cache=False).logits
             loss = torch.nn.functional.cross_entropy(
-                logits_NTV.float().flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
+                logits_NTV.flatten(0, 1), labels_NT[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum"
             )
             (loss / targets).backward()
             mean += loss.detach() / targets
