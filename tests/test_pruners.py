@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ssgr.pruner.alps import ALPS, refit
 from ssgr.pruner.magnitude import Magnitude
+from ssgr.pruner.ria import RIA
 from ssgr.pruner.sparsegpt import SparseGPT, inverse_factor
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import NM, Sparsity, Unstructured
@@ -95,6 +97,91 @@ def test_sparsegpt_is_naive_sparsegpt(sparsity: Sparsity, block: int) -> None:
     want = naive_sparsegpt(w_OI, x_TI, sparsity, block, 0.01)
     assert torch.equal(got != 0, want != 0)
     assert float((got - want).norm() / want.norm()) < 1e-4
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_ria_is_naive_ria(sparsity: Sparsity) -> None:
+    w_OI, x_TI = problem()
+    got = RIA().prune(w_OI.float(), (x_TI.square().mean(0)).float(), sparsity, "w").w_OI
+    score = torch.zeros_like(w_OI)
+    for i in range(w_OI.shape[0]):
+        for j in range(w_OI.shape[1]):
+            share = w_OI[i, j].abs() / w_OI[:, j].abs().sum() + w_OI[i, j].abs() / w_OI[i].abs().sum()
+            score[i, j] = share * torch.linalg.vector_norm(x_TI[:, j]) ** 0.5
+    assert torch.equal(got != 0, naive_keep(score, sparsity, "layer"))
+
+
+def test_ria_survives_dead_rows_and_columns() -> None:
+    w_OI, x_TI = problem()
+    w_OI[3], w_OI[:, 7] = 0, 0
+    got = RIA().prune(w_OI.float(), x_TI.square().mean(0).float(), Unstructured(0.5), "w").w_OI
+    assert torch.isfinite(got).all() and int((got == 0).sum()) == w_OI.numel() // 2
+
+
+def naive_alps(w_OI: Tensor, x_TI: Tensor, sparsity: Sparsity) -> Tensor:
+    """Section 3 of the paper in its own orientation, with a fresh inverse in every iteration and exact refits."""
+    h = x_TI.T @ x_TI / len(x_TI)
+    h += 0.01 * h.diagonal().mean() * torch.eye(len(h))
+    norm = torch.diag(h.diagonal().sqrt())
+    h = norm.inverse() @ h @ norm.inverse()
+    dense = norm @ w_OI.T
+    rho, eye = 0.1, torch.eye(len(h), dtype=torch.float64)
+    project = lambda m: m * naive_keep((m**2).T, sparsity, "layer").T
+    d, v, support, moved = project(dense), torch.zeros_like(dense), project(dense) != 0, False
+    for t in range(1, 301):
+        w = (h + rho * eye).inverse() @ (h @ dense - v + rho * d)
+        d = project(w + v / rho)
+        v = v + rho * (w - d)
+        if t % 3:
+            continue
+        change = int(((d != 0) != support).sum()) / int(support.sum())
+        support = d != 0
+        if not moved and change <= 0.005:
+            rho, d, v = rho / 5, project(dense), torch.zeros_like(dense)
+            support = d != 0
+            continue
+        moved = True
+        if change == 0 or (t > 30 and change < 0.0003):
+            break
+        rho *= 1.3 if change > 0.1 else 1.2 if change > 0.005 else 1.1
+    out = project(w)
+    for column in range(out.shape[1]):
+        on = out[:, column] != 0
+        out[on, column] = torch.linalg.solve(h[on][:, on], (h @ dense[:, column])[on])
+    return (norm.inverse() @ out).T
+
+
+@pytest.mark.parametrize("sparsity", PATTERNS)
+def test_alps_is_naive_alps(sparsity: Sparsity) -> None:
+    w_OI, x_TI = problem()
+    gram = x_TI.T @ x_TI / len(x_TI)
+    want = naive_alps(w_OI, x_TI, sparsity)
+    for dtype in (torch.float64, torch.float32):
+        got = ALPS(refits=40).prune(w_OI.to(dtype), gram.to(dtype), sparsity, "w").w_OI.double()
+        assert torch.equal(got != 0, want != 0)
+        assert float((got - want).norm() / want.norm()) < 1e-4
+    few = ALPS().prune(w_OI.float(), gram.float(), sparsity, "w").w_OI.double()
+    assert float((few - want).norm() / want.norm()) < 1e-2  # ten conjugate gradients, as published
+
+
+def test_a_refit_never_raises_the_error_and_keeps_the_support() -> None:
+    w_OI, x_TI = problem()
+    h = x_TI.T @ x_TI / len(x_TI)
+    start = Wanda().prune(w_OI, h.diagonal(), Unstructured(0.5), "w").w_OI
+    start[2] = 0  # a row with nothing left has nothing to solve
+    errors = [relative_error(w_OI, refit(start, w_OI, h, n), h) for n in (0, 1, 2, 5, 20)]
+    assert errors == sorted(errors, reverse=True) and errors[-1] < 0.95 * errors[0]
+    assert torch.equal(refit(start, w_OI, h, 20) != 0, start != 0)
+
+
+@pytest.mark.parametrize("sparsity", [Unstructured(0.5), Unstructured(0.7), NM(2, 4)])
+def test_alps_reconstructs_better_than_sparsegpt_and_sparsegpt_than_wanda(sparsity: Sparsity) -> None:
+    for seed in range(3):
+        w_OI, x_TI = problem(96, 256, seed)
+        gram = (x_TI.T @ x_TI / len(x_TI)).float()
+        pruners = ((ALPS(), gram), (SparseGPT(), gram), (Wanda(), gram.diagonal()))
+        errors = [relative_error(w_OI.float(), p.prune(w_OI.float(), s, sparsity, "w").w_OI, gram) for p, s in pruners]
+        assert errors == sorted(errors), errors
 
 
 def test_sparsegpt_reconstructs_better_than_wanda_and_wanda_than_magnitude() -> None:
