@@ -54,4 +54,4 @@ def wrong_shares(graded: Iterable[Graded]) -> dict[str, float]:
         if one.verdict is not Verdict.GRADER_FAILED:
             tried[one.trace.problem_id] += 1
             right[one.trace.problem_id] += one.verdict is Verdict.RIGHT
-    return {problem: 1 - right[problem] / n for problem, n in tried.items()}
+    return {problem: (n - right[problem]) / n for problem, n in tried.items()}

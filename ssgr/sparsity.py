@@ -6,12 +6,24 @@ Shapes: O outputs, I inputs, G groups of m inputs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 Compare: TypeAlias = Literal["row", "layer"]
+
+
+def check_compare(compare: str) -> None:
+    """See that `compare` is one of the sets in which weights may be compared.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if compare not in get_args(Compare):
+        raise ValueError(
+            f"pruner.compare={compare!r}: weights are compared within a {' or a '.join(get_args(Compare))}"
+        )
 
 
 class Sparsity(Protocol):

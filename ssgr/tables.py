@@ -50,7 +50,10 @@ def _plain(record: Any) -> dict[str, Any]:
 
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     beside = path.with_suffix(".tmp")
-    pq.write_table(pa.Table.from_pylist(rows, schema), beside, compression="zstd")
+    with open(beside, "wb") as file:
+        pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
+        file.flush()
+        os.fsync(file.fileno())  # a rename must not reach the disk before what it names
     os.replace(beside, path)
 
 

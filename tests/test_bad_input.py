@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import BartConfig, BartForCausalLM
+from transformers import BartConfig, BartForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from tests.conftest import TINY, Run
 
@@ -30,6 +30,11 @@ CASES = {
     "text": (["calib=corpus", "calib.text=no/such.txt", "bench=smoke"], ["calib.text=no/such.txt", "prose"]),
     "whole budget": (["budget.tokens=1e3"], ["budget.tokens=1000.0", "without a point or exponent"]),
     "exclude": (["pruner.exclude=[lm_hed]"], ["pruner.exclude", "lm_hed", "self_attn.q_proj"]),
+    "window": (["calib=corpus", "calib.window=0"], ["calib.window=0", "at least 1"]),
+    "window of noise": (["calib=random_tokens", "calib.window=2e3"], ["calib.window=2000.0", "whole number"]),
+    "compare": (["pruner=wanda", "pruner.compare=rows"], ["pruner.compare='rows'", "a row or a layer"]),
+    "no such GPU": (["device=cuda:99"], ["device=cuda:99", "device=auto"]),
+    "system prompt": (["model.system=Think.", "bench=smoke"], ["chat template", "model.system=null"]),
     "level": (["problems.levels=[12]"], ["1 to 8"]),
 }
 
@@ -75,6 +80,27 @@ def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "nan")
     TINY.tokenizer().save_pretrained(tmp_path / "nan")
     told(run, ["model=local", f"model.path={tmp_path / 'nan'}"], ["model.layers.2.mlp.up_proj.weight", "NaN"])
+
+
+def test_a_checkpoint_without_some_weights_names_one(run: Run, tmp_path: Path) -> None:
+    """Transformers would draw them at random, and say nothing."""
+    weights = TINY.load().state_dict()
+    weights = {f"_orig_mod.{name}": weight.clone() for name, weight in weights.items() if name != "lm_head.weight"}
+    TINY.load().save_pretrained(tmp_path / "wrapped", state_dict=weights)
+    TINY.tokenizer().save_pretrained(tmp_path / "wrapped")
+    told(
+        run, ["model=local", f"model.path={tmp_path / 'wrapped'}"], ["are not in the checkpoint", "the first is model."]
+    )
+
+
+def test_a_mixture_of_experts(run: Run, tmp_path: Path) -> None:
+    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(
+        vocab_size=512, num_hidden_layers=2, num_local_experts=2, max_position_embeddings=512, **size
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    TINY.tokenizer().save_pretrained(tmp_path / "moe")
+    told(run, ["model=local", f"model.path={tmp_path / 'moe'}"], ["mixture of experts", "mlp.experts"])
 
 
 def test_a_model_without_decoder_blocks(run: Run, tmp_path: Path) -> None:

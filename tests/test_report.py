@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +20,8 @@ import pytest
 from ssgr import tables
 from ssgr.records import Outcome, Verdict
 from ssgr.report import table
+from ssgr.report.__main__ import main
+from tests.conftest import ROOT
 
 
 def cell(folder: Path, right: list[bool], problems: str = "p", **settings: Any) -> None:
@@ -107,6 +118,58 @@ def test_a_control_is_that_of_the_same_draw_and_seed(tmp_path: Path) -> None:
         cell(tmp_path / f"m{seed}", [True, seed == 1], calib={"name": "matched", "draw": 0}, **own)
     by = {row["calib"]: row for row in table.means(table.find([tmp_path]), ["calib"], "calib=matched")}
     assert by["ssgr"]["minus calib=matched"].startswith("+0.250")  # 0.5 of the first seed, 0 of the second
+
+
+def test_results_of_other_weights_are_no_more_draws(tmp_path: Path) -> None:
+    cell(tmp_path / "old", [True])
+    cell(tmp_path / "new", [False])
+    changed = json.loads((tmp_path / "new" / "result.json").read_text())
+    changed["keys"]["evaluate_dense"] = "other"
+    (tmp_path / "new" / "result.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="same settings and are of different weights, data or code"):
+        table.find([tmp_path])
+
+
+@pytest.mark.parametrize("width", [40, 80, 1000])
+def test_no_figure_is_cut_on_a_narrow_terminal(width: int, tmp_path: Path) -> None:
+    """A real terminal: the report runs on a pseudo-terminal of that width."""
+    for draw in (0, 1):
+        cell(tmp_path / str(draw), [True, draw == 0], calib__draw=draw, budget__tokens=[400, 800][draw])
+    content = table.rows(table.find([tmp_path]))
+    code = f"import sys; from ssgr.report.__main__ import main; sys.exit(main([{str(tmp_path)!r}]))"
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=child, stderr=child, cwd=ROOT, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(child)
+    said = b""
+    with suppress(OSError):  # the end of a pseudo-terminal is an error
+        while part := os.read(parent, 65536):
+            said += part
+    os.close(parent)
+    assert done.wait() == 0
+    plain = re.sub(r"\x1b\[[\d;]*m", "", said.decode())
+    assert "…" not in plain
+    for row in content:
+        for value in row.values():
+            assert value in plain, value
+
+
+def test_a_file_gets_the_whole_table(tmp_path: Path) -> None:
+    cell(tmp_path / "a", [True, False])
+    command = [sys.executable, "-m", "ssgr.report", str(tmp_path)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=True, env={**os.environ, "COLUMNS": "60"}
+    )
+    assert "…" not in done.stdout and len({len(line) for line in done.stdout.splitlines()}) == 1
+
+
+def test_means_without_the_outcomes_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cell(tmp_path / "a", [True])
+    (tmp_path / "a" / "outcomes.parquet").unlink()
+    assert main([str(tmp_path), "--by", "calib"]) == 1
+    assert "outcomes.parquet cannot be read" in capsys.readouterr().err
 
 
 def test_other_problems_have_no_common_mean(tmp_path: Path) -> None:

@@ -119,7 +119,10 @@ def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBa
         list(HfSampler(2).sample(random_model(), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
 
 
-def test_a_killed_run_samples_only_what_is_missing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damaged", [0, 1])
+def test_a_killed_run_samples_only_what_is_missing(
+    damaged: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     problems = ArithmeticProblems((1,), 1, 6, 5).read("test")
 
     class Killed(Exception):
@@ -151,9 +154,12 @@ def test_a_killed_run_samples_only_what_is_missing(tokenizer: PreTrainedTokenize
     with pytest.raises(Killed):
         sample(TINY.load, tokenizer, prompt, problems, Dying(), SAMPLING, tmp_path)
     assert not (tmp_path / "traces.parquet").exists()
+    for part in sorted((tmp_path / "parts").iterdir())[:damaged]:
+        part.write_bytes(part.read_bytes()[:100])
     second = Counting()
     got = sample(TINY.load, tokenizer, prompt, problems, second, SAMPLING, tmp_path)
-    assert second.asked == 12 - 8
+    assert second.asked == 12 - 8 + 4 * damaged
+    assert caplog.text.count("is damaged") == damaged
     other = tmp_path / "undisturbed"
     other.mkdir()
     assert got == sample(TINY.load, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)

@@ -44,6 +44,13 @@ def test_wrong_share_leaves_out_what_the_grader_failed_on() -> None:
     assert wrong_shares([failed]) == {}
 
 
+@pytest.mark.parametrize("attempts", range(1, 21))
+def test_a_share_lies_in_the_band_that_begins_with_it(attempts: int) -> None:
+    for wrong in range(1, attempts):
+        share = wrong_shares([graded("a", i, i >= wrong, 5) for i in range(attempts)])["a"]
+        assert Difficulty("band", wrong / attempts, 1, False, False).holds(share)
+
+
 def test_never_and_always_solved_are_options() -> None:
     assert not HARD.holds(1.0)
     assert Difficulty("hard", 0.5, 1, False, True).holds(1.0)

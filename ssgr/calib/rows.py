@@ -40,6 +40,11 @@ class _Plain:
         raise AssertionError(f"{self.name} matches nothing")
 
 
+def _check_window(window: int) -> None:
+    if not isinstance(window, int) or window < 1:
+        raise ValueError(f"calib.window={window}: give a whole number of tokens, at least 1, without point or exponent")
+
+
 @dataclass(frozen=True)
 class Corpus(_Plain):
     """General text in windows of `window` tokens: generated prose, a text or JSONL file, or a dataset id."""
@@ -50,6 +55,9 @@ class Corpus(_Plain):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        _check_window(self.window)
 
     @property
     def needs(self) -> Needs:
@@ -196,6 +204,9 @@ class RandomTokens(_Plain):
     """Uniformly random token ids: what is left of calibration when the text means nothing."""
 
     window: int
+
+    def __post_init__(self) -> None:
+        _check_window(self.window)
 
     @property
     def needs(self) -> Needs:

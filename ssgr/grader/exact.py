@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import deque
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from fractions import Fraction
 from ssgr.grader import Grade, answer_part
 from ssgr.records import Verdict
 
+_log = logging.getLogger("ssgr")
 _MAX_DIGITS = 4000  # digits or decimal exponent; beyond it (Python converts 4300 at most) numbers are compared as text
 
 # Every part behind the first digit is optional, so that no match is tried twice: the time is linear in the text.
@@ -27,7 +29,13 @@ class Exact:
     require_end_think: bool = True
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (gold answer, response) pairs, in order."""
+        """Grade (gold answer, response) pairs, in order; golds that only another grader can read are warned of."""
+        if odd := [gold for gold, _ in pairs if "\\" in gold or "\n" in gold]:
+            _log.warning(
+                "grader=exact: %d of %d gold answers are LaTeX or several lines, such as %.60r, and are compared as text; "
+                "type grader=math",
+                len(odd), len(pairs), odd[0],
+            )  # fmt: skip
         return [self._one(gold, response) for gold, response in pairs]
 
     def _one(self, gold: str, response: str) -> Grade:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssgr.pruner import Pruned, Statistic
-from ssgr.sparsity import Compare, Sparsity
+from ssgr.sparsity import Compare, Sparsity, check_compare
 
 _EVERY = 3  # iterations between two looks at the support (section 3.1)
 _GROWTH = (
@@ -43,6 +43,7 @@ class ALPS:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_compare(self.compare)
         if self.damping <= 0 or self.rho <= 0 or self.iterations < _EVERY or self.refits < 0:
             raise ValueError(
                 f"pruner: damping={self.damping} rho={self.rho} iterations={self.iterations} refits={self.refits}: give "

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ssgr.pruner import Pruned, Statistic
-from ssgr.sparsity import Compare, Sparsity
+from ssgr.sparsity import Compare, Sparsity, check_compare
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Magnitude:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_compare(self.compare)
 
     @property
     def statistic(self) -> Statistic:

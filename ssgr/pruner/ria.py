@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ssgr.pruner import Pruned, Statistic
-from ssgr.sparsity import Compare, Sparsity
+from ssgr.sparsity import Compare, Sparsity, check_compare
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class RIA:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_compare(self.compare)
         if self.power < 0:
             raise ValueError(f"pruner.power={self.power}: give an exponent of at least 0, such as 0.5")
 

@@ -8,8 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from ssgr.report import table
 
 
@@ -30,7 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.format == "text":
-        Console(width=None if sys.stdout.isatty() else 160).print(table.rich_table(content))
+        table.show(content)
     else:
         print(table.markdown(content) if args.format == "markdown" else table.comma_separated(content))
     return 0

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from ssgr.intervals import cluster_bootstrap
-from ssgr.records import Verdict
+from ssgr.records import Outcome, Verdict
 from ssgr.tables import read_outcomes
 
 Rows = list[dict[str, str]]
@@ -65,7 +68,11 @@ def find(paths: Iterable[Path]) -> list[Cell]:
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
-    """`cells` without repeats, with every setting as a field in which two of them differ that else look alike."""
+    """`cells` without repeats, with every setting as a field in which two of them differ that else look alike.
+
+    Raises:
+        ValueError: two cells have the same settings and other results.
+    """
     made: dict[tuple[str, ...], Cell] = {}
     for cell in cells:
         keys = cell.result["keys"]
@@ -76,10 +83,24 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
         for name, value in own.items():
             seen[name, _choice(cell.result["config"], name)].add(value)
     differ = sorted({name for (name, _), values in seen.items() if len(values) > 1})
-    return [
+    told = [
         replace(cell, fields=cell.fields | {name: own.get(name, "") for name in differ})
         for cell, own in zip(made.values(), settings, strict=True)
     ]
+    _check_twins(told)
+    return told
+
+
+def _check_twins(cells: Sequence[Cell]) -> None:
+    """Refuse cells of the same settings and other results: weights, data or code changed between them."""
+    first: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        twin = first.setdefault(tuple(cell.fields.values()), cell)
+        if twin is not cell:
+            raise ValueError(
+                f"{twin.path} and {cell.path} have the same settings and are of different weights, data or code: "
+                "give the folders of one of them"
+            )
 
 
 def _settings(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -193,9 +214,7 @@ _MEANS = (("tokens", "mean_tokens", 1), ("cut", "truncated", 3), ("looping", "lo
 
 
 def _check_problems(group: Sequence[Cell]) -> None:
-    tried = {
-        cell.path: {o.problem_id for o in read_outcomes(cell.path.with_name("outcomes.parquet"))} for cell in group
-    }
+    tried = {cell.path: {o.problem_id for o in _attempts(cell.path.with_name("outcomes.parquet"))} for cell in group}
     if odd := [path for path, ids in tried.items() if ids != tried[group[0].path]]:
         raise ValueError(
             f"{group[0].path} and {odd[0]} were tried on different problems and have no common mean: give one sweep, "
@@ -248,9 +267,19 @@ def _mean(gaps_DP: Sequence[NDArray[np.float64]]) -> str:
 def _by_problem(path: Path) -> NDArray[np.float64]:
     """Share of right attempts by problem, in the order of ids."""
     right: dict[str, list[bool]] = defaultdict(list)
-    for outcome in read_outcomes(path):
+    for outcome in _attempts(path):
         right[outcome.problem_id].append(outcome.verdict is Verdict.RIGHT)
     return np.array([np.mean(right[problem]) for problem in sorted(right)])
+
+
+def _attempts(path: Path) -> list[Outcome]:
+    try:
+        return read_outcomes(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): give the whole folder of a run or a sweep, with "
+            "outcomes.parquet and outcomes_dense.parquet beside each result.json"
+        ) from error
 
 
 def _score(score: dict[str, Any]) -> dict[str, str]:
@@ -267,6 +296,26 @@ def _interval(mean: float, ci95: Sequence[float], signed: bool = False) -> str:
     return f"{mean:{sign}.3f} [{ci95[0]:{sign}.3f}, {ci95[1]:{sign}.3f}]"
 
 
+def show(content: Rows, title: str | None = None) -> None:
+    """Print a table; where the terminal is too narrow for it, a block of lines for each row: no figure is ever cut."""
+    console = Console()
+    whole = rich_table(content, title)
+    wanted = Measurement.get(Console(width=_ENDLESS), Console(width=_ENDLESS).options, whole).maximum
+    if not console.is_terminal:
+        Console(width=wanted).print(whole)
+    elif wanted <= console.width:
+        console.print(whole)
+    else:
+        console.print(title or "", end="\n" if title else "", markup=False)
+        width = max(map(len, content[0]))
+        for row in content:
+            lines = [f"{name:<{width}}  {value}" for name, value in row.items() if value]
+            console.print("\n".join(lines), markup=False, highlight=False, end="\n\n", soft_wrap=True)
+
+
+_ENDLESS = 10_000  # columns: wider than any table
+
+
 def rich_table(content: Rows, title: str | None = None) -> Table:
     """A table for the terminal."""
     out = Table(title=title, title_justify="left")
@@ -274,7 +323,7 @@ def rich_table(content: Rows, title: str | None = None) -> Table:
         text = column in ("model", "calib", "pruner", "difficulty", "length", "scope", "bench", "balance")
         out.add_column(column, justify="left" if text else "right", no_wrap=True)
     for row in content:
-        out.add_row(*row.values())
+        out.add_row(*(Text(value) for value in row.values()))
     return out
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pyarrow as pa
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -16,6 +19,7 @@ from ssgr.sampler import Decoding, Request, Sampler
 from ssgr.stages.progress import Progress
 from ssgr.tables import read_traces, write_traces
 
+_log = logging.getLogger("ssgr")
 VERSION = 1
 TRACES, SECONDS = "traces.parquet", "seconds.json"
 
@@ -40,7 +44,7 @@ def sample(
     parts, whole = work / "parts", work / TRACES
     parts.mkdir(exist_ok=True)
     saved = [whole] if whole.exists() else sorted(parts.glob("*.parquet"))  # whole: killed while it was published
-    have = {(t.problem_id, t.attempt): t for part in saved for t in read_traces(part)}
+    have = {(t.problem_id, t.attempt): t for part in saved for t in _saved(part)}
     requests = [
         Request(problem.id, attempt, prompt_ids(problem.question))
         for problem in problems
@@ -52,7 +56,7 @@ def sample(
         start, tokens, before = time.perf_counter(), 0, seconds(work)
         with Progress(what, len(requests), len(requests) - len(missing)) as progress:
             for batch in sampler.sample(model, tokenizer, missing, decoding):
-                write_traces(parts / f"{len(have):08d}.parquet", batch)
+                write_traces(parts / f"{uuid.uuid4().hex}.parquet", batch)
                 _write_beside(work / SECONDS, json.dumps(before + time.perf_counter() - start))
                 have |= {(t.problem_id, t.attempt): t for t in batch}
                 tokens += sum(len(t.generated_ids) for t in batch)
@@ -64,6 +68,16 @@ def sample(
     write_traces(whole, traces)
     shutil.rmtree(parts)
     return traces
+
+
+def _saved(part: Path) -> list[Trace]:
+    """The traces of one finished batch; one that was damaged on its way to the disk is dropped, to be sampled again."""
+    try:
+        return read_traces(part)
+    except (pa.ArrowException, TypeError, KeyError) as error:
+        _log.warning("%s is damaged (%s); its traces are sampled again", part, str(error).splitlines()[0])
+        part.unlink()
+        return []
 
 
 def seconds(folder: Path) -> float:
