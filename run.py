@@ -18,7 +18,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
 
 from ssgr import pipeline
 from ssgr.records import RunResult
@@ -64,6 +63,7 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         pruner=make("pruner"),
         sparsity=make("sparsity"),
         bench=make("bench"),
+        memory=make("memory"),
     )
 
 
@@ -144,13 +144,11 @@ def check_folders(overrides: list[str]) -> None:
 
 
 def _finish() -> None:
-    cells = table.told_apart(_done)
-    if cells:
-        console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(table.rich_table(table.rows(cells)))
+    if cells := table.told_apart(_done):
+        table.show(table.rows(cells))
         if len({cell.fields["draw"] for cell in cells}) > 1:
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
-            console.print(table.rich_table(table.means(cells, against=control), "means over draws"))
+            table.show(table.means(cells, against=control), "means over draws")
     if len(_done) > 1:
         print(f"{len(_done)} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
     if _failed and (_done or len(_failed) > 1):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +13,8 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from ssgr import keys, tables
 from ssgr.calib import Material, Source
@@ -26,6 +30,7 @@ from ssgr.sparsity import Sparsity
 from ssgr.stages import evaluate, grade, prune, sample, select
 from ssgr.store import Artefact, Store
 
+_log = logging.getLogger("ssgr")
 LIBRARIES = ("ssgr", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
 
 
@@ -45,6 +50,7 @@ class Experiment:
     pruner: Pruner
     sparsity: Sparsity
     bench: evaluate.Bench
+    memory: prune.Memory
 
 
 def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = None) -> RunResult:
@@ -53,7 +59,9 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
     Raises:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
-    prune.check(experiment.model.skeleton(), experiment.pruner, experiment.sparsity)  # before hours of sampling
+    skeleton = experiment.model.skeleton()
+    prune.check(skeleton, experiment.pruner, experiment.sparsity)  # before hours of sampling
+    experiment = dataclasses.replace(experiment, budget=_within_context(experiment.budget, skeleton))
     select.warn_unused(experiment.calib, experiment.policy, experiment.scope)
     flow = _Flow(experiment, store)
     dense = flow.evaluated("dense", None)
@@ -71,6 +79,15 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
         scores={"dense": read_score(dense), "pruned": read_score(after)},
         delta=evaluate.difference(_outcomes(after), _outcomes(dense)),
     )
+
+
+def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
+    """`budget` with rows no longer than the model's context: past it the model was never trained."""
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not context or budget.max_row_tokens <= context:
+        return budget
+    _log.warning("budget.max_row_tokens=%d is cut to the model's context of %d", budget.max_row_tokens, context)
+    return dataclasses.replace(budget, max_row_tokens=context)
 
 
 class _Flow:
@@ -138,7 +155,9 @@ class _Flow:
         config = {
             "source": x.calib,
             "model": x.model,
-            "problems": keys.digest(problems) if needs == "problems" else None,
+            "problems": keys.digest([dataclasses.replace(p, source="") for p in problems])
+            if needs == "problems"
+            else None,
             "policy": x.policy if {"difficulty", "length"} & uses else None,
             "scope": x.scope if "scope" in uses else None,
             "budget": x.budget,
@@ -167,9 +186,9 @@ class _Flow:
 
         def make(work: Path) -> None:
             calibration = None if blind else _calibration(chosen)
-            model = x.model.load()
-            result = prune.prune(model, self.tokenizer, calibration, x.pruner, x.sparsity, work)
+            result = prune.prune(x.model, self.tokenizer, calibration, x.pruner, x.sparsity, x.memory, work)
             (work / prune.RESULT).write_text(json.dumps(to_json(result), indent=1))
+            prune.finish(work)
 
         return self._stage("prune", "prune", prune.VERSION, config, {} if blind else {"select": chosen.key}, make)
 
@@ -219,10 +238,12 @@ def _outcomes(evaluated: Artefact) -> list[Any]:
 
 
 def write(result: RunResult, store: Store, folder: Path) -> None:
-    """Write `folder`/result.json, with links to checkpoint, calibration set and outcomes beside it."""
+    """Write `folder`/result.json, with links to checkpoint and calibration set and a copy of the outcomes beside it."""
     links = {
         "checkpoint": Path(result.prune.checkpoint),
         "calibration.parquet": store.root / "select" / result.keys["select"] / select.ROWS,
+    }
+    small = {  # copied, so that the tables outlive the store
         "outcomes.parquet": store.root / "evaluate" / result.keys["evaluate_pruned"] / evaluate.OUTCOMES,
         "outcomes_dense.parquet": store.root / "evaluate" / result.keys["evaluate_dense"] / evaluate.OUTCOMES,
     }
@@ -231,6 +252,9 @@ def write(result: RunResult, store: Store, folder: Path) -> None:
         for name, target in links.items():
             (folder / name).unlink(missing_ok=True)
             (folder / name).symlink_to(target.resolve())
+        for name, source in small.items():
+            (folder / name).unlink(missing_ok=True)
+            shutil.copyfile(source, folder / name)
         beside = folder / "result.json.tmp"
         beside.write_text(json.dumps(to_json(result), indent=1, default=str))
         beside.rename(folder / "result.json")

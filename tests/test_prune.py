@@ -5,21 +5,32 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    PreTrainedTokenizerBase,
+)
 
+from ssgr.model import Model
 from ssgr.model.blocks import decoder_blocks, linear_layers
+from ssgr.pruner import Pruner
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
-from ssgr.records import CalibrationSet, Row
-from ssgr.sparsity import NM, Unstructured
+from ssgr.records import CalibrationSet, PruneResult, Row
+from ssgr.sparsity import NM, Sparsity, Unstructured
+from ssgr.stages import activations
 from ssgr.stages import prune as prune_stage
-from ssgr.stages.prune import prune
+from ssgr.stages.prune import Memory
 from tests.conftest import random_model
 
 
@@ -31,12 +42,28 @@ def calibration(weights: str = "both", seed: int = 0, rows: int = 12) -> Calibra
     return CalibrationSet("test", made, w, (), 0)
 
 
+def prune(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, cal: CalibrationSet | None, pruner: Pruner, sparsity: Sparsity,
+    work: Path, gib: float = 1.0,
+) -> PruneResult:  # fmt: skip
+    """Prune a saved copy of `model`, and give `model` the weights of the checkpoint that this leaves."""
+    source = work.with_name(f"{work.name}.source")
+    model.save_pretrained(source)
+    result = prune_stage.prune(
+        Model("random", str(source), device="cpu"), tokenizer, cal, pruner, sparsity, Memory(gib), work
+    )
+    loaded = AutoModelForCausalLM.from_pretrained(work / "checkpoint", dtype="auto")
+    model.load_state_dict(loaded.state_dict())
+    return result
+
+
 def naive_wanda(model: nn.Module, cal: CalibrationSet, ratio: float) -> dict[str, Tensor]:
     """Masks by an un-streamed walk in float64: one row at a time, the whole model run for every block."""
     model = copy.deepcopy(model).double()
     keep: dict[str, Tensor] = {}
-    for i in range(len(model.model.layers)):
-        layers = linear_layers(model.model.layers[i])
+    prefix, blocks = decoder_blocks(model)
+    for i, block in enumerate(blocks):
+        layers = linear_layers(block)
         square: dict[str, Tensor] = {}
 
         def hook(name: str, weight: Tensor, square: dict[str, Tensor] = square):  # type: ignore[no-untyped-def]
@@ -56,7 +83,7 @@ def naive_wanda(model: nn.Module, cal: CalibrationSet, ratio: float) -> dict[str
             drop = score.argsort(1)[:, : int(score.shape[1] * ratio)]
             mask = torch.ones_like(score, dtype=torch.bool).scatter_(1, drop, False)
             layer.weight.data *= mask
-            keep[f"model.layers.{i}.{name}"] = mask
+            keep[f"{prefix}.{i}.{name}"] = mask
     return keep
 
 
@@ -67,8 +94,41 @@ def test_masks_are_those_of_a_naive_walk_whatever_the_batch(
 ) -> None:
     model, cal = random_model(), calibration(scope)
     want = naive_wanda(model, cal, 0.5)
-    monkeypatch.setattr(prune_stage, "_BATCH_TOKENS", batch)
+    monkeypatch.setattr(activations, "_BATCH_TOKENS", batch)
     prune(model, tokenizer, cal, Wanda(), Unstructured(0.5), tmp_path)
+    for name, mask in want.items():
+        assert torch.equal(model.get_submodule(name).weight != 0, mask), name
+
+
+def gemma() -> nn.Module:
+    """Blocks that attend in a window and blocks that see all, each with rotary positions of its own."""
+    size = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+    }
+    layers = {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+    config = Gemma3TextConfig(vocab_size=64, sliding_window=6, max_position_embeddings=128, **size, **layers)
+    return Gemma3ForCausalLM(config)
+
+
+def bloom() -> nn.Module:
+    """Blocks that return a tuple, and whose inputs come by position."""
+    return BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4))
+
+
+@pytest.mark.parametrize("make", [gemma, bloom])
+def test_other_decoders_have_the_masks_of_a_naive_walk(
+    make: Callable[[], nn.Module], tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model, cal = make().eval(), calibration()
+    for p in model.parameters():  # as initialised, every block is nearly the identity
+        p.data += 0.3 * torch.randn_like(p)
+    want = naive_wanda(model, cal, 0.5)
+    prune(model, tokenizer, cal, Wanda(), Unstructured(0.5), tmp_path)  # type: ignore[arg-type]
     for name, mask in want.items():
         assert torch.equal(model.get_submodule(name).weight != 0, mask), name
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ssgr.model.blocks import weightless
+
 _PACKAGED = "pkg://"
 _HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
-_SAMPLE, _STRIDE = 1 << 16, 1 << 20  # 64 KiB of every MiB: no matrix that changed is missed
+_SAMPLE, _STRIDE = 1 << 16, 1 << 20  # 64 KiB of every MiB: training changes some of it, an edit by hand need not
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,12 @@ class Model:
 
     def _commit(self) -> str:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+        if self.revision is not None and re.fullmatch("[0-9a-f]{40}", self.revision):
+            return self.revision  # a pinned commit is its own name, offline too
         try:
             return str(HfApi().model_info(self.path, revision=self.revision).sha)
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            if self.revision is not None and len(self.revision) == 40:
-                return self.revision  # a pinned commit is its own name, offline too
+        except Exception as error:  # of the hub's library or of one of those it calls; all mean that there is no answer
             raise ValueError(
                 f"model.path={self.path} revision={self.revision}: the hub cannot be asked ({type(error).__name__}); "
                 "pin model.revision=COMMIT (40 hex digits) to work from the local hub cache, or give a directory"
@@ -104,29 +107,56 @@ class Model:
             return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(*self._source, **self._how))
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, for a look at its structure before hours of work."""
+        """The model without weights, for a look at its structure before hours of work.
+
+        Raises:
+            ValueError: it cannot be loaded, or there is no such device.
+        """
+        pick_device(self.device)
         with _explained(self):
             config = AutoConfig.from_pretrained(*self._source, **self._how)
-            with torch.device("meta"):
+            with weightless():
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
-        return cast(PreTrainedModel, model)
+        return cast(PreTrainedModel, model.eval())
 
     def load(self) -> PreTrainedModel:
         """Load the model in evaluation mode on its device.
 
         Raises:
-            ValueError: the weights hold NaN or infinity, in a named tensor.
+            ValueError: the weights are incomplete, or hold NaN or infinity in a named tensor; or there is no such device.
         """
+        device = pick_device(self.device)
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        how = {**self._how, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         with _explained(self):
-            model = AutoModelForCausalLM.from_pretrained(*self._source, dtype=dtype, use_safetensors=True, **self._how)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(*self._source, **how)
+        model, found = loaded
+        if missing := sorted(found["missing_keys"]):
+            raise ValueError(
+                f"model.path={self.path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint, the "
+                f"first is {missing[0]}; it was saved from a wrapper or another architecture: save the bare model again"
+            )
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
                 raise ValueError(
                     f"model.path={self.path}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"
                 )
-        on_device: Any = torch.nn.Module.to(model, pick_device(self.device))
+        on_device: Any = torch.nn.Module.to(model, device)
         return cast(PreTrainedModel, on_device.eval())
+
+    def files(self) -> Path:
+        """The directory of the checkpoint's files, from the hub if need be.
+
+        Raises:
+            ValueError: the hub has none, or cannot be reached.
+        """
+        if self.directory is not None:
+            return self.directory
+        from huggingface_hub import snapshot_download
+
+        kinds = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+        with _explained(self):
+            return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=kinds))
 
     @property
     def _source(self) -> tuple[str]:
@@ -141,13 +171,19 @@ class Model:
         """Token ids of `question` through the chat template, up to where the model goes on.
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ValueError: the tokenizer has no chat template, or it refuses the system prompt.
         """
         if tokenizer.chat_template is None:
             raise ValueError(f"model={self.name}: its tokenizer has no chat template; use a reasoning or chat model")
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": question})
-        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **self.chat)
+        try:
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **self.chat)
+        except TemplateError as error:
+            raise ValueError(
+                f"model={self.name}: its chat template refuses model.system={self.system!r} model.chat={dict(self.chat)} "
+                f"({error}); type model.system=null"
+            ) from error
         return tuple(cast(list[int], ids))
 
 
@@ -161,7 +197,7 @@ class _explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, SafetensorError)):
+        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             hint = (
                 "model.trust_remote_code=true runs the code in that repository; " if "remote_code" in str(error) else ""
@@ -172,17 +208,32 @@ class _explained:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is the GPU where there is one, else the CPU."""
+    """`auto` is the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.device(device)
+        found = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device={device!r} is no device: valid are auto, cpu, cuda, cuda:1, ...") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device={device}: this machine has {torch.cuda.device_count()} GPUs that torch can use; "
+            "type device=auto, or install a torch with CUDA"
+        )
+    return found
 
 
 def _checksum(file: Path) -> str:
-    size = file.stat().st_size
+    stat = file.stat()
+    return _checksum_of(file, stat.st_size, stat.st_mtime_ns)
+
+
+@cache  # the cells of a grid ask again and again
+def _checksum_of(file: Path, size: int, changed: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
         if size <= _HASHED_WHOLE:

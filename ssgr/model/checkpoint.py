@@ -1,0 +1,183 @@
+"""Checkpoints on disk, tensor by tensor: read from the shards of a source, written into shards of the same layout.
+
+A pruned model has the names, shapes and dtypes of its source, so each of its files begins with the source's header, and
+every tensor has its place there before it is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
+_LENGTH_BYTES = 8  # of the header's length, little-endian (safetensors format)
+_CHUNK = 16 << 20  # bytes copied at a time
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies: its file, the bytes [start, stop) there, and what they are."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class Checkpoint:
+    """The safetensors files of a Hugging Face directory.
+
+    Raises:
+        ValueError: there are none, one is missing, or one is shorter than its header says.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.places: dict[str, Place] = {}
+        for file in self._files():
+            self._read_header(file)
+
+    def _files(self) -> list[str]:
+        index = self.directory / INDEX
+        if index.is_file():
+            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if not (self.directory / SINGLE).is_file():
+            raise ValueError(
+                f"{self.directory}: neither {SINGLE} nor {INDEX} is there; other formats are not read: convert the "
+                "checkpoint with save_pretrained"
+            )
+        return [SINGLE]
+
+    def _read_header(self, file: str) -> None:
+        path = self.directory / file
+        try:
+            size = path.stat().st_size
+            with open(path, "rb") as stream:
+                length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+                header = json.loads(stream.read(length)) if length <= size else {}
+        except OSError as error:
+            raise ValueError(
+                f"{path}: this shard cannot be read ({error.strerror}); download the model again"
+            ) from error
+        except ValueError as error:
+            raise ValueError(f"{path}: its header is damaged ({error}); download the model again") from error
+        first = _LENGTH_BYTES + length
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, stop = (first + offset for offset in entry["data_offsets"])
+                self.places[name] = Place(file, entry["dtype"], tuple(entry["shape"]), start, stop)
+        end = max((p.stop for p in self.places.values() if p.file == file), default=first)
+        if not header or end > size:
+            raise ValueError(f"{path}: {size} bytes, and its header says {end}: it is cut; download the model again")
+
+    def header(self, file: str) -> bytes:
+        """The length and the header of `file`, as they stand there."""
+        with open(self.directory / file, "rb") as stream:
+            length = stream.read(_LENGTH_BYTES)
+            return length + stream.read(int.from_bytes(length, "little"))
+
+    def find(self, name: str, prefix: str) -> str:
+        """The name under which the parameter `name` is stored: with or without the `prefix` of the base model.
+
+        Raises:
+            ValueError: it is not there.
+        """
+        for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
+            if stored in self.places:
+                return stored
+        raise ValueError(
+            f"{self.directory}: {name} is not in the checkpoint; it was saved from a wrapper or another architecture: "
+            "save the bare model again"
+        )
+
+    def read(self, name: str) -> Tensor:
+        """The tensor `name`, in memory of its own and in its own dtype.
+
+        Raises:
+            ValueError: it is not of a floating-point dtype (a quantised checkpoint), or holds NaN or infinity.
+        """
+        place = self.places[name]
+        if place.dtype not in DTYPES:
+            raise ValueError(
+                f"{self.directory}: {name} has dtype {place.dtype}; quantised weights cannot be pruned: take the "
+                f"unquantised checkpoint ({', '.join(DTYPES)})"
+            )
+        with open(self.directory / place.file, "rb") as stream:
+            stream.seek(place.start)
+            content = bytearray(place.stop - place.start)
+            stream.readinto(content)
+        tensor = torch.frombuffer(content, dtype=DTYPES[place.dtype]).view(place.shape)
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{self.directory}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"
+            )
+        return tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(p.stop - p.start for p in self.places.values())
+
+
+class Replica:
+    """A checkpoint in `folder` in the layout of `source`, filled tensor by tensor in any order."""
+
+    def __init__(self, source: Checkpoint, folder: Path) -> None:
+        self.source, self.folder = source, folder
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in self._files():
+            whole = max(p.stop for p in source.places.values() if p.file == file)
+            with open(folder / file, "ab") as stream:  # "ab": what a killed run wrote stays
+                if stream.tell() != whole:
+                    stream.truncate(0)
+                    stream.write(source.header(file))
+                    stream.truncate(whole)
+
+    def _files(self) -> list[str]:
+        return sorted({p.file for p in self.source.places.values()})
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """Put `tensors` in their places, in the source's dtype, and see that they reach the disk."""
+        for name, tensor in tensors.items():
+            place = self.source.places[name]
+            assert tuple(tensor.shape) == place.shape, name
+            content = tensor.to("cpu", DTYPES[place.dtype]).contiguous().view(torch.uint8).numpy()
+            with open(self.folder / place.file, "r+b") as stream:
+                stream.seek(place.start)
+                stream.write(content.data)
+        self._sync({self.source.places[name].file for name in tensors})
+
+    def copy(self, names: Iterable[str]) -> None:
+        """Copy tensors as they are in the source."""
+        for name in names:
+            place = self.source.places[name]
+            with open(self.source.directory / place.file, "rb") as old, open(self.folder / place.file, "r+b") as new:
+                old.seek(place.start)
+                new.seek(place.start)
+                left = place.stop - place.start
+                while left:
+                    chunk = old.read(min(_CHUNK, left))
+                    new.write(chunk)
+                    left -= len(chunk)
+        self._sync(self._files())
+
+    def copy_rest(self) -> None:
+        """Copy the configuration, the tokenizer and the index of the source."""
+        for file in self.source.directory.iterdir():
+            if file.is_file() and file.suffix in _BESIDE:
+                shutil.copyfile(file, self.folder / file.name)
+
+    def _sync(self, files: Iterable[str]) -> None:
+        for file in files:
+            with open(self.folder / file, "rb") as stream:
+                os.fsync(stream.fileno())
