@@ -64,14 +64,13 @@ def main() -> None:
         spread[level] = [round(float(x), 2) for x in (low, high, high / low)]
     eight, _ = graded(model, args.band_problems, 8, args.batch)
     shares = wrong_shares(eight).values()
-    bands = Counter("easy" if s < 0.25 else "medium" if s < 0.5 else "hard" for s in shares)
+    bands = Counter("easy" if s < 0.25 else "medium" if s <= 0.5 else "hard" if s < 1 else "never" for s in shares)
     print(
         json.dumps(
             {
                 "accuracy_by_level": accuracy,
                 "right_trace_length_p10_p90_ratio": spread,
                 "bands": {band: round(n / len(shares), 3) for band, n in sorted(bands.items())},
-                "never_solved": round(sum(s == 1 for s in shares) / len(shares), 3),
                 "cut_at_the_cap": round(sum(g.trace.finish == "length" for g in one) / len(one), 4),
                 "tokens_per_second": round(rate),
             },

@@ -28,6 +28,7 @@ from ssgr.scope import Scope
 from ssgr.select import Budget, Policy
 from ssgr.sparsity import Sparsity
 from ssgr.stages import evaluate, grade, prune, sample, select
+from ssgr.stages.plan import Memory
 from ssgr.store import Artefact, Store
 
 _log = logging.getLogger("ssgr")
@@ -50,7 +51,7 @@ class Experiment:
     pruner: Pruner
     sparsity: Sparsity
     bench: evaluate.Bench
-    memory: prune.Memory
+    memory: Memory
 
 
 def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = None) -> RunResult:

@@ -30,7 +30,7 @@ from ssgr.records import CalibrationSet, PruneResult, Row
 from ssgr.sparsity import NM, Sparsity, Unstructured
 from ssgr.stages import activations
 from ssgr.stages import prune as prune_stage
-from ssgr.stages.prune import Memory
+from ssgr.stages.plan import Memory
 from tests.conftest import random_model
 
 

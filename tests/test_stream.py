@@ -18,7 +18,8 @@ from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import Unstructured
-from ssgr.stages.prune import Memory, prune
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import prune
 from tests.conftest import ROOT, random_model
 from tests.test_prune import calibration
 
@@ -72,7 +73,8 @@ import torch
 from ssgr.model import Model
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.sparsity import Unstructured
-from ssgr.stages.prune import Memory, prune
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import prune
 from tests.conftest import TINY
 from tests.test_prune import calibration
 
@@ -123,6 +125,18 @@ def test_a_prune_killed_at_random_ends_with_the_same_bytes(tmp_path: Path) -> No
     assert weights(tmp_path / "parts" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
 
 
+def test_a_shard_that_is_lost_between_two_runs_is_made_again(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, work = saved(tmp_path / "source"), tmp_path / "work"
+    prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), work)
+    whole = weights(work / "checkpoint")
+    assert (work / "blocks.json").exists()  # until the result is written
+    (work / "checkpoint" / sorted(whole)[2]).unlink()
+    prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), work)
+    assert weights(work / "checkpoint") == whole
+
+
 def test_the_peak_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     """Blocks of 25 MiB: 16 of them hold 400 MiB, and the peak over the start is that of 4."""
     code = """
@@ -133,7 +147,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from ssgr.model import Model
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import Unstructured
-from ssgr.stages.prune import Memory, prune
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import prune
 from tests.conftest import TINY
 from tests.test_prune import calibration
 torch.set_num_threads(1)
@@ -224,7 +239,7 @@ def test_a_prune_that_does_not_fit_is_refused_before_it_begins(
 ) -> None:
     source = saved(tmp_path / "source")
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("ssgr.stages.prune.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("ssgr.stages.plan.shutil.disk_usage", lambda path: usage)
     with pytest.raises(
         ValueError, match=r"prune needs .* of disk, and .* are free; free some, or type store\.path=DIR"
     ):

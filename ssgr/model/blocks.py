@@ -29,6 +29,16 @@ def weightless() -> Iterator[None]:
         nn.Module.register_parameter = own  # type: ignore[method-assign]
 
 
+def outside(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
+    """The parameters before and after the blocks, without those of an output layer of its own."""
+    inside = {id(p) for block in blocks for p in block.parameters()}
+    head = model.get_output_embeddings()
+    own = {id(p) for p in head.parameters()} if head is not None else set()
+    tied = {id(p) for p in model.get_input_embeddings().parameters()}
+    skipped = inside | (own - tied)
+    return {name: p for name, p in model.named_parameters() if id(p) not in skipped}
+
+
 def stored_names(model: PreTrainedModel, part: str, checkpoint: Checkpoint) -> dict[str, str]:
     """What each parameter of the module `part` of `model` is called in `checkpoint`, by its name inside the module.
 

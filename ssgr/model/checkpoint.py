@@ -130,15 +130,19 @@ class Checkpoint:
 
 
 class Replica:
-    """A checkpoint in `folder` in the layout of `source`, filled tensor by tensor in any order."""
+    """A checkpoint in `folder` in the layout of `source`, filled tensor by tensor in any order.
+
+    `fresh` says whether a file had to be begun; else all that was written there before still stands.
+    """
 
     def __init__(self, source: Checkpoint, folder: Path) -> None:
-        self.source, self.folder = source, folder
+        self.source, self.folder, self.fresh = source, folder, False
         folder.mkdir(parents=True, exist_ok=True)
         for file in self._files():
             whole = max(p.stop for p in source.places.values() if p.file == file)
             with open(folder / file, "ab") as stream:  # "ab": what a killed run wrote stays
                 if stream.tell() != whole:
+                    self.fresh = True
                     stream.truncate(0)
                     stream.write(source.header(file))
                     stream.truncate(whole)

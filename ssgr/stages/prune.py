@@ -8,39 +8,29 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.model import Model, pick_device
-from ssgr.model.blocks import decoder_blocks, empty, fill, linear_layers, put, stored_names
+from ssgr.model.blocks import decoder_blocks, empty, fill, linear_layers, outside, put, stored_names
 from ssgr.model.checkpoint import DTYPES, Checkpoint, Replica
 from ssgr.pruner import Pruner
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
-from ssgr.stages.activations import Batch, first_inputs, padded_tokens
+from ssgr.stages.activations import Batch, first_inputs
 from ssgr.stages.collect import Collector, relative_error
+from ssgr.stages.plan import Memory, plan
 from ssgr.stages.progress import Progress
 
 VERSION = 2
 CHECKPOINT, RESULT = "checkpoint", "prune.json"
 _DONE, _ACTIVATIONS = "blocks.json", "activations.bin"  # of a prune that is under way
-_GIB, _FLOAT = 2**30, 4  # bytes
 _log = logging.getLogger("ssgr")
-
-
-@dataclass(frozen=True)
-class Memory:
-    """How much may be kept in memory; it changes no result."""
-
-    activations_gib: float  # more than this of activations lies in a file that is mapped into memory
 
 
 @torch.no_grad()
@@ -68,10 +58,11 @@ def prune(
     name, blocks = decoder_blocks(skeleton)
     stored = [stored_names(skeleton, f"{name}.{i}", source) for i in range(len(blocks))]
     like = torch.empty(0, device=pick_device(model.device), dtype=_dtype(model, source, stored[0]))
-    file = _plan(skeleton, blocks, pruner, calibration, source, like, memory, work)
+    mapped = plan(skeleton, blocks, pruner, calibration, source, like, memory, work / CHECKPOINT)
+    file = work / _ACTIVATIONS if mapped else None
     replica = Replica(source, work / CHECKPOINT)
     replica.copy_rest()
-    done = _done(work)
+    done = [] if replica.fresh else _done(work)
     batches: list[Batch] = []
     if calibration is not None and len(done) < len(blocks):
         batches = _begin(skeleton, blocks, stored[0], source, calibration, tokenizer, like, file)
@@ -137,76 +128,13 @@ def _dtype(model: Model, source: Checkpoint, stored: dict[str, str]) -> torch.dt
     return DTYPES.get(largest.dtype, torch.float32)
 
 
-def _plan(
-    model: PreTrainedModel, blocks: nn.ModuleList, pruner: Pruner, calibration: CalibrationSet | None,
-    source: Checkpoint, like: Tensor, memory: Memory, work: Path,
-) -> Path | None:  # fmt: skip
-    """Say what the walk will need, and where the activations lie: a file, or None for memory.
-
-    Raises:
-        ValueError: the disk, the host or the device has less.
-    """
-    layers = linear_layers(blocks[0], pruner.exclude).values()
-    block = max(sum(p.numel() for p in b.parameters()) for b in blocks) * like.element_size()
-    outside = sum(p.numel() for p in _outside(model, blocks).values()) * like.element_size()
-    statistics = sum(_statistic_bytes(pruner, layer) for layer in layers)
-    solve = max(
-        3 * _FLOAT * layer.out_features * layer.in_features + 4 * _statistic_bytes(pruner, layer) for layer in layers
-    )
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0) * like.element_size()
-    activations = 0 if calibration is None else padded_tokens(calibration) * hidden
-    mapped = activations > memory.activations_gib * _GIB
-    device = max(block + statistics + solve, block + outside if calibration else 0)
-    host = (0 if mapped else activations) + (device if like.device.type == "cpu" else block)
-    disk = source.size - _written(work) + (activations if mapped else 0)
-    _log.info(
-        "prune: %s on %s for one block (weights %s, statistics %s, solve %s), %s of activations %s, %s of disk",
-        _size(device), like.device, _size(block), _size(statistics), _size(solve), _size(activations),
-        "in a file" if mapped else "in memory", _size(disk),
-    )  # fmt: skip
-    needs = {"memory": (host, psutil.virtual_memory().available), "disk": (disk, shutil.disk_usage(work).free)}
-    if like.device.type == "cuda":
-        needs[str(like.device)] = (device, torch.cuda.mem_get_info(like.device)[0])
-    for what, (needed, free) in needs.items():
-        if needed > free:
-            raise ValueError(
-                f"prune needs {_size(needed)} of {what}, and {_size(free)} are free; "
-                + {"disk": "free some, or type store.path=DIR elsewhere", "memory": "type memory.activations_gib=0, or a "
-                   "smaller budget.tokens"}.get(what, "type model.dtype=bfloat16 or device=cpu")
-            )  # fmt: skip
-    return work / _ACTIVATIONS if mapped else None
-
-
-def _size(n: float) -> str:
-    return f"{n / _GIB:.1f} GiB" if n >= 0.1 * _GIB else f"{n / 2**20:.1f} MiB"
-
-
-def _statistic_bytes(pruner: Pruner, layer: nn.Linear) -> int:
-    return _FLOAT * {"none": 0, "norm": layer.in_features, "gram": layer.in_features**2}[pruner.statistic]
-
-
-def _written(work: Path) -> int:
-    """Bytes that a killed prune already has on the disk."""
-    return sum(file.stat().st_blocks * 512 for file in (work / CHECKPOINT).glob("*.safetensors"))
-
-
-def _outside(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:
-    """The parameters before and after the blocks, without those of an output layer of its own."""
-    inside = {id(p) for block in blocks for p in block.parameters()}
-    head = model.get_output_embeddings()
-    own = {id(p) for p in head.parameters()} if head is not None else set()
-    tied = {id(p) for p in model.get_input_embeddings().parameters()}
-    skipped = inside | (own - tied)
-    return {name: p for name, p in model.named_parameters() if id(p) not in skipped}
-
-
 def _begin(
     model: PreTrainedModel, blocks: nn.ModuleList, first: dict[str, str], source: Checkpoint,
     calibration: CalibrationSet, tokenizer: PreTrainedTokenizerBase, like: Tensor, file: Path | None,
 ) -> list[Batch]:  # fmt: skip
     """Bring the calibration rows to the first block."""
-    outside = _outside(model, blocks)
-    fill(model, {name: source.find(name, model.base_model_prefix) for name in outside}, source, like)
+    before = outside(model, blocks)
+    fill(model, {name: source.find(name, model.base_model_prefix) for name in before}, source, like)
     fill(blocks[0], first, source, like)
     for name, buffer in model.named_buffers():
         module, _, leaf = name.rpartition(".")
@@ -215,7 +143,7 @@ def _begin(
     try:
         return first_inputs(model, blocks, calibration, pad, like.device, file)
     finally:
-        for name in outside:
+        for name in before:
             put(model, name, torch.empty(0, device="meta"))
         empty(blocks[0])
 
