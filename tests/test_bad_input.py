@@ -89,7 +89,9 @@ def test_a_checkpoint_without_some_weights_names_one(run: Run, tmp_path: Path) -
     TINY.load().save_pretrained(tmp_path / "wrapped", state_dict=weights)
     TINY.tokenizer().save_pretrained(tmp_path / "wrapped")
     told(
-        run, ["model=local", f"model.path={tmp_path / 'wrapped'}"], ["are not in the checkpoint", "the first is model."]
+        run,
+        ["model=local", f"model.path={tmp_path / 'wrapped'}"],
+        ["are not in the checkpoint", "the first is lm_head.weight"],
     )
 
 

@@ -140,7 +140,7 @@ def test_a_shard_that_is_lost_between_two_runs_is_made_again(
 def test_the_peak_does_not_grow_with_the_depth(tmp_path: Path) -> None:
     """Blocks of 25 MiB: 16 of them hold 400 MiB, and the peak over the start is that of 4."""
     code = """
-import sys, threading
+import sys
 from pathlib import Path
 import psutil, torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -151,18 +151,14 @@ from ssgr.stages.plan import Memory
 from ssgr.stages.prune import prune
 from tests.conftest import TINY
 from tests.test_prune import calibration
+from ssgr.store import _peak_rss_mib, _reset_peak_rss
 torch.set_num_threads(1)
-me, peak, stop = psutil.Process(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.002):
-        peak[0] = max(peak[0], me.memory_info().rss)
 model, tokenizer, rows = Model("random", sys.argv[1], device="cpu"), TINY.tokenizer(), calibration()
 prune(Model("random", sys.argv[3], device="cpu"), tokenizer, rows, Wanda(), Unstructured(0.5), Memory(1), Path(sys.argv[2] + "w"))
-start = me.memory_info().rss
-threading.Thread(target=watch, daemon=True).start()
+start = psutil.Process().memory_info().rss / 2**20
+_reset_peak_rss()
 prune(model, tokenizer, rows, Wanda(), Unstructured(0.5), Memory(1), Path(sys.argv[2]))
-stop.set()
-print((peak[0] - start) / 2**20)
+print(_peak_rss_mib() - start)
 """
     saved(tmp_path / "warm", layers=2)
     peaks = []
@@ -180,7 +176,7 @@ print((peak[0] - start) / 2**20)
         ]
         own = {
             **os.environ,
-            "MALLOC_MMAP_THRESHOLD_": str(2**20),
+            "MALLOC_MMAP_THRESHOLD_": str(2**16),
         }  # give matrices back at once, as those of real size are
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
         assert done.returncode == 0, done.stderr

@@ -144,6 +144,14 @@ class Model:
         on_device: Any = torch.nn.Module.to(model, device)
         return cast(PreTrainedModel, on_device.eval())
 
+    def torch_device(self) -> torch.device:
+        """Where it runs.
+
+        Raises:
+            ValueError: there is no such device.
+        """
+        return pick_device(self.device)
+
     def files(self) -> Path:
         """The directory of the checkpoint's files, from the hub if need be.
 

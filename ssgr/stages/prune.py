@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ssgr.model import Model, pick_device
+from ssgr.model import Model
 from ssgr.model.blocks import decoder_blocks, empty, fill, linear_layers, outside, put, stored_names
 from ssgr.model.checkpoint import DTYPES, Checkpoint, Replica
 from ssgr.pruner import Pruner
@@ -57,7 +57,7 @@ def prune(
     source = Checkpoint(model.files())
     name, blocks = decoder_blocks(skeleton)
     stored = [stored_names(skeleton, f"{name}.{i}", source) for i in range(len(blocks))]
-    like = torch.empty(0, device=pick_device(model.device), dtype=_dtype(model, source, stored[0]))
+    like = torch.empty(0, device=model.torch_device(), dtype=_dtype(model, source, stored[0]))
     mapped = plan(skeleton, blocks, pruner, calibration, source, like, memory, work / CHECKPOINT)
     file = work / _ACTIVATIONS if mapped else None
     replica = Replica(source, work / CHECKPOINT)
