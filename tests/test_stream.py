@@ -174,10 +174,7 @@ print(_peak_rss_mib() - start)
             code,
             *(str(tmp_path / name) for name in (str(layers), f"out{layers}", "warm")),
         ]
-        own = {
-            **os.environ,
-            "MALLOC_MMAP_THRESHOLD_": str(2**16),
-        }  # give matrices back at once, as those of real size are
+        own = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # give matrices back at once, as those of real size are
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
         assert done.returncode == 0, done.stderr
         peaks.append(float(done.stdout.split()[-1]))
