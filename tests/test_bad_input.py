@@ -91,7 +91,7 @@ def test_a_checkpoint_without_some_weights_names_one(run: Run, tmp_path: Path) -
     told(
         run,
         ["model=local", f"model.path={tmp_path / 'wrapped'}"],
-        ["are not in the checkpoint", "the first is lm_head.weight"],
+        ["are not in the checkpoint", "the first is lm_head.weight", "is cut to the model's context of 1024"],
     )
 
 

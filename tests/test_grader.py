@@ -72,6 +72,11 @@ def test_exact(gold: str, answer: str, verdict: Verdict, found: str | None) -> N
     assert Exact().grade([(gold, "7 8 9</think>" + answer)]) == [Grade(verdict, found)]
 
 
+def test_exact_warns_of_golds_that_only_another_grader_reads(caplog: pytest.LogCaptureFixture) -> None:
+    Exact(None).grade([(r"\frac{1}{2}", "1/2"), ("A", "A")])
+    assert "1 of 2 gold answers are LaTeX" in caplog.text and "type grader=math" in caplog.text
+
+
 def test_exact_without_the_tag() -> None:
     assert Exact().grade([("7", "7")]) == [Grade(NO_ANSWER)]
     assert Exact(require_end_think=False).grade([("7", "7")]) == [Grade(RIGHT, "7")]

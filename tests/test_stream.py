@@ -17,9 +17,9 @@ from ssgr.model import Model
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
-from ssgr.sparsity import Unstructured
+from ssgr.sparsity import NM, Unstructured
 from ssgr.stages.plan import Memory
-from ssgr.stages.prune import prune
+from ssgr.stages.prune import check, prune
 from tests.conftest import ROOT, random_model
 from tests.test_prune import calibration
 
@@ -227,14 +227,35 @@ def test_what_is_not_finite_or_not_a_float_is_named(tokenizer: PreTrainedTokeniz
         )
 
 
+@pytest.mark.parametrize(
+    ("what", "place", "field"),
+    [("disk", "shutil.disk_usage", "free"), ("memory", "psutil.virtual_memory", "available")],
+)
 def test_a_prune_that_does_not_fit_is_refused_before_it_begins(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    what: str,
+    place: str,
+    field: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = saved(tmp_path / "source")
-    usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("ssgr.stages.plan.shutil.disk_usage", lambda path: usage)
-    with pytest.raises(
-        ValueError, match=r"prune needs .* of disk, and .* are free; free some, or type store\.path=DIR"
-    ):
+    monkeypatch.setattr(f"ssgr.stages.plan.{place}", lambda *path: type("Little", (), {field: 1000}))
+    with pytest.raises(ValueError, match=rf"prune needs .* of {what}, and .* are free; .*type "):
         prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), tmp_path / "work")
     assert not list((tmp_path / "work").iterdir())
+
+
+def test_a_pinned_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *a, **k: 1 / 0)
+    assert Model("hub", "some/model", revision="0a" * 20).fingerprint == "0a" * 20
+    with pytest.raises(ValueError, match=r"the hub cannot be asked \(ZeroDivisionError\); pin model\.revision=COMMIT"):
+        _ = Model("hub", "some/model", revision="main").fingerprint
+
+
+def test_a_comparison_without_effect_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check(random_model(), Wanda(compare="layer"), NM(2, 4))
+    assert "pruner.compare has no effect on n:m" in caplog.text
+    caplog.clear()
+    check(random_model(), Wanda(), NM(2, 4))
+    assert not caplog.text

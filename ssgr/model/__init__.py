@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.model.blocks import weightless
+from ssgr.model.checkpoint import BESIDE
 
 _PACKAGED = "pkg://"
 _HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
@@ -112,7 +113,7 @@ class Model:
         Raises:
             ValueError: it cannot be loaded, or there is no such device.
         """
-        pick_device(self.device)
+        self.torch_device()
         with _explained(self):
             config = AutoConfig.from_pretrained(*self._source, **self._how)
             with weightless():
@@ -125,7 +126,7 @@ class Model:
         Raises:
             ValueError: the weights are incomplete, or hold NaN or infinity in a named tensor; or there is no such device.
         """
-        device = pick_device(self.device)
+        device = self.torch_device()
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         how = {**self._how, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         with _explained(self):
@@ -162,7 +163,7 @@ class Model:
             return self.directory
         from huggingface_hub import snapshot_download
 
-        kinds = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py"]
+        kinds = [f"*{suffix}" for suffix in (".safetensors", *BESIDE)]
         with _explained(self):
             return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=kinds))
 

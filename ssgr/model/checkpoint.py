@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
+BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
 _LENGTH_BYTES = 8  # of the header's length, little-endian (safetensors format)
 _CHUNK = 16 << 20  # bytes copied at a time
 
@@ -161,7 +161,7 @@ class Replica:
                 stream.write(content.data)
         self._sync({self.source.places[name].file for name in tensors})
 
-    def copy(self, names: Iterable[str]) -> None:
+    def copy(self, names: Collection[str]) -> None:
         """Copy tensors as they are in the source."""
         for name in names:
             place = self.source.places[name]
@@ -173,15 +173,15 @@ class Replica:
                     chunk = old.read(min(_CHUNK, left))
                     new.write(chunk)
                     left -= len(chunk)
-        self._sync(self._files())
+        self._sync({self.source.places[name].file for name in names})
 
     def copy_rest(self) -> None:
         """Copy the configuration, the tokenizer and the index of the source."""
         for file in self.source.directory.iterdir():
-            if file.is_file() and file.suffix in _BESIDE:
+            if file.is_file() and file.suffix in BESIDE:
                 shutil.copyfile(file, self.folder / file.name)
 
-    def _sync(self, files: Iterable[str]) -> None:
+    def _sync(self, files: Collection[str]) -> None:
         for file in files:
             with open(self.folder / file, "rb") as stream:
                 os.fsync(stream.fileno())

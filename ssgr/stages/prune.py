@@ -63,6 +63,7 @@ def prune(
     replica = Replica(source, work / CHECKPOINT)
     replica.copy_rest()
     done = [] if replica.fresh else _done(work)
+    kept = Checkpoint(replica.folder)
     batches: list[Batch] = []
     if calibration is not None and len(done) < len(blocks):
         batches = _begin(skeleton, blocks, stored[0], source, calibration, tokenizer, like, file)
@@ -71,7 +72,7 @@ def prune(
             again = i < len(done)
             if again and not batches:
                 continue
-            fill(block, names, Checkpoint(replica.folder) if again else source, like)
+            fill(block, names, kept if again else source, like)
             if again:  # the rows pass through what a killed run left
                 _advance(block, i, f"{name}.{i}", batches, like.device)
             else:
