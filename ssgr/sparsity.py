@@ -43,6 +43,14 @@ class Sparsity(Protocol):
         """The mask of kept weights, bool (O, I): within each compared set the lowest scores go."""
         ...
 
+    def at(self, ratio: float) -> Sparsity:
+        """The same kind of pattern with another share of zeros, for one layer of many.
+
+        Raises:
+            ValueError: the pattern fixes its share.
+        """
+        ...
+
 
 @dataclass(frozen=True)
 class Unstructured:
@@ -68,11 +76,22 @@ class Unstructured:
         return None
 
     def keep(self, score_OI: Tensor, compare: Compare) -> Tensor:
-        """The mask of kept weights, bool (O, I); of n compared weights int(n * ratio) go."""
+        """The mask of kept weights, bool (O, I); of all n weights round(n * ratio) go, of each row as many or one more.
+
+        Where the share is no whole number of inputs, the rows that lose one more are those in which that one matters least.
+        """
         flat = score_OI if compare == "row" else score_OI.reshape(1, -1)
-        pruned = flat.topk(int(flat.shape[1] * self.ratio), dim=1, largest=False).indices
-        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, pruned, False)
+        each, more = divmod(round(score_OI.numel() * self.ratio), len(flat))
+        lowest = flat.topk(each + (more > 0), dim=1, largest=False, sorted=more > 0)
+        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, lowest.indices, False)
+        if more:
+            last = lowest.values[:, -1].topk(len(flat) - more).indices  # the rows that keep that one
+            keep[last, lowest.indices[last, -1]] = True
         return keep.view_as(score_OI)
+
+    def at(self, ratio: float) -> Unstructured:
+        """The same with another ratio."""
+        return Unstructured(ratio)
 
 
 @dataclass(frozen=True)
@@ -113,3 +132,15 @@ class NM:
         score_OGM = score_OI.reshape(outputs, inputs // self.m, self.m)
         kept = score_OGM.topk(self.n, dim=2).indices
         return torch.zeros_like(score_OGM, dtype=torch.bool).scatter_(2, kept, True).view(outputs, inputs)
+
+    def at(self, ratio: float) -> NM:
+        """Itself: the pattern fixes the share.
+
+        Raises:
+            ValueError: another share is asked for.
+        """
+        if ratio != self.target:
+            raise ValueError(
+                f"sparsity {self.n}:{self.m} is the same in every layer: type allocation=uniform, or sparsity=u50"
+            )
+        return self

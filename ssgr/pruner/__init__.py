@@ -1,30 +1,51 @@
-"""Pruners: which statistic of the inputs they want, and what they make of a weight matrix.
+"""Pruners: which statistic of the inputs they want, and what they make of weight matrices.
 
 Shapes: O outputs, I inputs, T tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
+import torch
 from torch import Tensor
 
-from ssgr.sparsity import Sparsity
+from ssgr.sparsity import Compare, Sparsity, check_compare
 
 Statistic = Literal["none", "norm", "gram"]
 
 
 @dataclass(frozen=True)
+class Moments:
+    """Weighted means over the tokens that enter a layer: of x (I,), of x * x (I,), and of x x^T (I, I) if asked for.
+
+    `tokens` is the sum of the weights.
+    """
+
+    tokens: float
+    mean_I: Tensor
+    square_I: Tensor
+    gram_II: Tensor | None = None
+
+    @property
+    def variance_I(self) -> Tensor:
+        """The variance of each input (I,)."""
+        return (self.square_I - self.mean_I.square()).clamp(min=0)
+
+
+@dataclass(frozen=True)
 class Pruned:
-    """A pruned matrix, float32, (O, I), with the damping that was used, if any."""
+    """A pruned matrix, float32, (O, I), with the damping that was used and the condition number it gave, if any."""
 
     w_OI: Tensor
     damping: float | None = None
+    condition: float | None = None
 
 
 class Pruner(Protocol):
-    """A pruning method for one linear layer."""
+    """A pruning method for linear layers."""
 
     @property
     def name(self) -> str:
@@ -33,14 +54,66 @@ class Pruner(Protocol):
 
     @property
     def statistic(self) -> Statistic:
-        """What it needs: nothing, the mean square of each input (I,), or the Gram matrix (I, I) mean_t w_t x_t x_t^T."""
+        """What it needs of the inputs: nothing, mean and mean square of each, or also their Gram matrix."""
+        ...
+
+    @property
+    def include(self) -> tuple[str, ...]:
+        """Patterns of the layer names that are pruned; none stands for every linear layer of the blocks."""
         ...
 
     @property
     def exclude(self) -> tuple[str, ...]:
-        """Patterns of layer names inside a block that stay dense."""
+        """Patterns of layer names that stay dense."""
         ...
 
-    def prune(self, w_OI: Tensor, statistic: Tensor | None, sparsity: Sparsity, name: str) -> Pruned:
-        """Prune one matrix; `name` is for messages."""
+    def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
+        """How much each weight matters (O, I), before any is gone: what a comparison over the whole model goes by."""
         ...
+
+    def prune(
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+    ) -> list[Pruned]:
+        """Prune matrices (O, I) that have the same inputs, each by a sparsity of its own; `name` is that of the first."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByScore:
+    """What pruners share that drop the weights of the lowest score and leave the others as they are."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    compare: Compare = "layer"
+    statistic: ClassVar[Statistic] = "norm"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(self.include))
+        object.__setattr__(self, "exclude", tuple(self.exclude))
+        check_compare(self.compare)
+
+    def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
+        """How much each weight matters (O, I)."""
+        raise NotImplementedError
+
+    def prune(
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+    ) -> list[Pruned]:
+        """Prune matrices (O, I) that have the same inputs."""
+        pairs = zip(ws, sparsities, strict=True)
+        return [Pruned(w_OI * sparsity.keep(self.score(w_OI, inputs), self.compare)) for w_OI, sparsity in pairs]
+
+
+def checked_gram(inputs: Moments | None, name: str) -> Tensor:
+    """The Gram matrix of the inputs of layer `name` (I, I), in memory of its own.
+
+    Raises:
+        ValueError: it is not finite.
+    """
+    assert inputs is not None and inputs.gram_II is not None
+    if not torch.isfinite(inputs.gram_II).all():
+        raise ValueError(
+            f"{name}: the statistics of its inputs hold NaN or infinity; the model overflows on these rows: type "
+            "model.dtype=float32"
+        )
+    return inputs.gram_II.clone()

@@ -5,13 +5,13 @@ Shapes: O outputs, I inputs. All in the scaled problem, in which every input has
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ssgr.pruner import Pruned, Statistic
+from ssgr.pruner import Moments, Pruned, Statistic, checked_gram
 from ssgr.sparsity import Compare, Sparsity, check_compare
 
 _EVERY = 3  # iterations between two looks at the support (section 3.1)
@@ -33,6 +33,7 @@ class ALPS:
     share of the mean diagonal added to the Hessian; all as in the published code.
     """
 
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     compare: Compare = "layer"
     damping: float = 0.01
@@ -42,6 +43,7 @@ class ALPS:
     name: str = "alps"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "exclude", tuple(self.exclude))
         check_compare(self.compare)
         if self.damping <= 0 or self.rho <= 0 or self.iterations < _EVERY or self.refits < 0:
@@ -55,30 +57,37 @@ class ALPS:
         """The Gram matrix of the inputs."""
         return "gram"
 
-    def prune(self, w_OI: Tensor, statistic: Tensor | None, sparsity: Sparsity, name: str) -> Pruned:
-        """Prune one matrix (O, I) with the Gram matrix of its inputs (I, I).
+    def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
+        """w^2 H_jj, (O, I): the magnitude in the scaled problem, where the search begins."""
+        assert inputs is not None
+        return w_OI.square() * inputs.square_I
+
+    def prune(
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+    ) -> list[Pruned]:
+        """Prune matrices (O, I) that have the same inputs, with one decomposition of their Gram matrix.
 
         Raises:
             ValueError: the Gram matrix is not finite.
         """
-        assert statistic is not None
-        if not torch.isfinite(statistic).all():
-            raise ValueError(
-                f"{name}: the statistics of its inputs hold NaN or infinity; the model overflows on these rows"
-            )
-        h_II = statistic.clone()
+        h_II = checked_gram(inputs, name)
         h_II.diagonal().add_(self.damping * float(h_II.diagonal().mean()))
         norm_I = h_II.diagonal().sqrt()
         h_II = h_II / norm_I / norm_I[:, None]
-        dense_OI = w_OI * norm_I
-        found_OI = self._support(dense_OI, h_II, sparsity)
-        refitted_OI = refit(found_OI, dense_OI, h_II, self.refits)
-        return Pruned(refitted_OI / norm_I, self.damping)
+        values_I, vectors_II = (part.to(h_II.dtype) for part in torch.linalg.eigh(h_II.double()))
+        condition = float(values_I[-1] / values_I[0].clamp(min=torch.finfo(values_I.dtype).tiny))
+        out = []
+        for w_OI, sparsity in zip(ws, sparsities, strict=True):
+            dense_OI = w_OI * norm_I
+            found_OI = self._support(dense_OI, h_II, values_I, vectors_II, sparsity)
+            out.append(Pruned(refit(found_OI, dense_OI, h_II, self.refits) / norm_I, self.damping, condition))
+        return out
 
-    def _support(self, dense_OI: Tensor, h_II: Tensor, sparsity: Sparsity) -> Tensor:
+    def _support(
+        self, dense_OI: Tensor, h_II: Tensor, values_I: Tensor, vectors_II: Tensor, sparsity: Sparsity
+    ) -> Tensor:
         """ADMM on min ||(W - W^) X|| subject to the pattern; the sparse iterate it ends with."""
         keep: Callable[[Tensor], Tensor] = lambda m_OI: sparsity.keep(m_OI.square(), self.compare)
-        values_I, vectors_II = (part.to(h_II.dtype) for part in torch.linalg.eigh(h_II.double()))
         target_OI, rho, searching = dense_OI @ h_II, self.rho, True
         before_OI = keep(dense_OI)
         w_OI, d_OI, v_OI = dense_OI, dense_OI * before_OI, torch.zeros_like(dense_OI)

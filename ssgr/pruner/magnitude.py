@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from ssgr.pruner import Pruned, Statistic
-from ssgr.sparsity import Compare, Sparsity, check_compare
+from ssgr.pruner import ByScore, Moments, Statistic
 
 
 @dataclass(frozen=True)
-class Magnitude:
+class Magnitude(ByScore):
     """Drop the smallest |w|, compared over the whole layer by default; the calibration plays no part."""
 
-    exclude: tuple[str, ...] = ()
-    compare: Compare = "layer"
     name: str = "magnitude"
+    statistic: ClassVar[Statistic] = "none"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "exclude", tuple(self.exclude))
-        check_compare(self.compare)
-
-    @property
-    def statistic(self) -> Statistic:
-        """None is needed."""
-        return "none"
-
-    def prune(self, w_OI: Tensor, statistic: Tensor | None, sparsity: Sparsity, name: str) -> Pruned:
-        """Prune one matrix (O, I)."""
-        return Pruned(w_OI * sparsity.keep(w_OI.abs(), self.compare))
+    def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
+        """|w|, (O, I)."""
+        return w_OI.abs()

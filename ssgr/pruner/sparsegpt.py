@@ -1,21 +1,24 @@
 """SparseGPT: one-shot pruning with weight update (Frantar and Alistarh, arXiv 2301.00774).
 
-Shapes: O outputs, I inputs, B columns of one block.
+Shapes: O outputs (of all matrices that have the same inputs, one below the other), I inputs, B columns of one block.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ssgr.pruner import Pruned, Statistic
-from ssgr.sparsity import Sparsity
+from ssgr.pruner import Moments, Pruned, Statistic, checked_gram
+from ssgr.sparsity import Compare, Sparsity
 
 _log = logging.getLogger("ssgr")
 _TRIES = 8  # dampings tried, each ten times the last
+_POWER = 12  # iterations: the condition number is then right to a few percent
+_COLUMNS = 32  # of a block, updated one by one; the others by one product of matrices (the same sums, in another order)
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,14 @@ class SparseGPT:
     the share of the mean diagonal added to the Hessian (0.01 as published).
     """
 
+    include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     block: int = 128
     damping: float = 0.01
     name: str = "sparsegpt"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "exclude", tuple(self.exclude))
         if self.block < 1 or self.damping <= 0:
             raise ValueError(f"pruner: block={self.block} damping={self.damping}: give block >= 1 and damping > 0")
@@ -41,50 +46,87 @@ class SparseGPT:
         """The Gram matrix of the inputs."""
         return "gram"
 
-    def prune(self, w_OI: Tensor, statistic: Tensor | None, sparsity: Sparsity, name: str) -> Pruned:
-        """Prune one matrix (O, I) with the Gram matrix of its inputs (I, I).
+    def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
+        """w^2 / [H^-1]_jj (eq. 3), (O, I): what losing each weight alone would cost."""
+        u_II, _ = inverse_factor(_alive(checked_gram(inputs, self.name)), self.damping, self.name)
+        return w_OI.square() / u_II.square().sum(0)
+
+    def prune(
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+    ) -> list[Pruned]:
+        """Prune matrices (O, I) that have the same inputs, with one factor of their Gram matrix.
 
         Raises:
             ValueError: the Hessian is not finite, or stays indefinite at every damping; or n:m does not divide I.
         """
-        assert statistic is not None
-        dead_I = statistic.diagonal() == 0
-        h_II = statistic.clone()
-        h_II.diagonal()[dead_I] = 1
-        w_OI = w_OI.clone()
+        assert len({s.group for s in sparsities}) == 1, "matrices of the same inputs have one kind of pattern"
+        h_II = checked_gram(inputs, name)
+        dead_I = h_II.diagonal() == 0
+        u_II, damping = inverse_factor(_alive(h_II), self.damping, name)
+        w_OI = torch.cat(list(ws))  # a copy
         w_OI[:, dead_I] = 0
-        u_II, damping = inverse_factor(h_II, self.damping, name)
-        block = (
-            self.block if sparsity.group is None else max(sparsity.group, self.block // sparsity.group * sparsity.group)
-        )
+        condition = _condition(h_II, damping * float(h_II.diagonal().mean()), u_II)
+        rows = [len(w) for w in ws]
+        m = max(s.group or 1 for s in sparsities)
+        block = max(m, self.block // m * m)
         for first in range(0, w_OI.shape[1], block):
             last = min(first + block, w_OI.shape[1])
-            u_BB = u_II[first:last, first:last]
-            error_OB = _prune_block(w_OI[:, first:last], u_BB, sparsity)
-            w_OI[:, last:] -= error_OB @ u_II[first:last, last:]
-        return Pruned(w_OI, damping)
+            w_BO = w_OI[:, first:last].T.contiguous()
+            error_BO = _prune_block(w_BO, u_II[first:last, first:last], sparsities, rows)
+            w_OI[:, first:last] = w_BO.T
+            w_OI[:, last:].addmm_(error_BO.T, u_II[first:last, last:], alpha=-1)
+        return [Pruned(part_OI, damping, condition) for part_OI in torch.split(w_OI, rows)]
 
 
-def _prune_block(w_OB: Tensor, u_BB: Tensor, sparsity: Sparsity) -> Tensor:
-    """Prune the columns of `w_OB` in place; return the error of each, scaled, for the later columns."""
-    scale_B = u_BB.diagonal()
-    keep_OB = None if sparsity.group else sparsity.keep((w_OB / scale_B) ** 2, "layer")
-    kept: list[Tensor] = []
-    error_OB = torch.zeros_like(w_OB)
-    for i in range(w_OB.shape[1]):
-        if keep_OB is not None:
-            keep_O = keep_OB[:, i]
-        else:  # n:m: the mask of a group is chosen when its first column is reached, on weights updated so far
-            assert sparsity.group is not None
-            if i % sparsity.group == 0:
-                group = slice(i, i + sparsity.group)
-                kept = list(sparsity.keep((w_OB[:, group] / scale_B[group]) ** 2, "row").unbind(1))
-            keep_O = kept[i % sparsity.group]
-        dropped_O = w_OB[:, i] * ~keep_O
-        error_OB[:, i] = dropped_O / scale_B[i]
-        w_OB[:, i] *= keep_O
-        w_OB[:, i + 1 :] -= error_OB[:, i : i + 1] * u_BB[i, i + 1 :]
-    return error_OB
+def _alive(h_II: Tensor) -> Tensor:
+    """`h_II` with inputs that are always zero made independent of the others."""
+    h_II.diagonal()[h_II.diagonal() == 0] = 1
+    return h_II
+
+
+def _prune_block(w_BO: Tensor, u_BB: Tensor, sparsities: Sequence[Sparsity], rows: list[int]) -> Tensor:
+    """Prune the columns `w_BO` (one a row here) in place; return the error of each, scaled, for the later columns."""
+    scale_B1 = u_BB.diagonal()[:, None]
+    group = sparsities[0].group
+    drop_BO = torch.empty_like(w_BO)  # 1 / scale where a weight goes, else 0
+    if group is None:
+        drop_BO.copy_(_dropped(w_BO, scale_B1, sparsities, rows))
+    error_BO = torch.empty_like(w_BO)
+    columns = max(group, _COLUMNS // group * group) if group else _COLUMNS
+    for first in range(0, len(w_BO), columns):
+        last = min(first + columns, len(w_BO))
+        for i in range(first, last):
+            if group and i % group == 0:  # n:m: the mask is chosen when the group is reached, on weights updated so far
+                drop_BO[i : i + group] = _dropped(w_BO[i : i + group], scale_B1[i : i + group], sparsities, rows)
+            torch.mul(w_BO[i], drop_BO[i], out=error_BO[i])
+            w_BO[i + 1 : last].addr_(u_BB[i, i + 1 : last], error_BO[i], alpha=-1)
+        w_BO[last:].addmm_(u_BB[first:last, last:].T, error_BO[first:last], alpha=-1)
+    w_BO.masked_fill_(drop_BO != 0, 0)
+    return error_BO
+
+
+def _dropped(w_BO: Tensor, scale_B1: Tensor, sparsities: Sequence[Sparsity], rows: list[int]) -> Tensor:
+    """1 / scale where a weight goes, else 0: each matrix chooses among its own rows."""
+    parts = zip(torch.split((w_BO / scale_B1).square(), rows, 1), sparsities, strict=True)
+    compare: Compare = "row" if sparsities[0].group else "layer"
+    keep_BO = torch.cat([sparsity.keep(score_BO.T, compare).T for score_BO, sparsity in parts], 1)
+    return ~keep_BO / scale_B1
+
+
+def _condition(h_II: Tensor, added: float, u_II: Tensor) -> float:
+    """The condition number of H + `added` I, from below: a few power iterations with it and with its inverse U^T U."""
+    start_I = torch.ones(len(h_II), dtype=h_II.dtype, device=h_II.device)
+    out = 1.0
+    forth: Callable[[Tensor], Tensor] = lambda v_I: h_II @ v_I + added * v_I
+    back: Callable[[Tensor], Tensor] = lambda v_I: u_II.T @ (u_II @ v_I)
+    for times in (forth, back):
+        v_I, norm = start_I / start_I.norm(), torch.ones(())
+        for _ in range(_POWER):
+            v_I = times(v_I)
+            norm = v_I.norm()
+            v_I = v_I / norm
+        out *= float(norm)
+    return out
 
 
 def inverse_factor(h_II: Tensor, damping: float, name: str) -> tuple[Tensor, float]:
