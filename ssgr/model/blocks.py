@@ -1,15 +1,41 @@
-"""The structure of a decoder: its blocks and their linear layers, found rather than listed; filled and emptied."""
+"""The structure of a decoder: its blocks and the matrices in them, found rather than listed; filled and emptied."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from ssgr.model.checkpoint import Checkpoint
+from ssgr.model import experts
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight matrix of a block: that of a linear layer, or that of one of its stacked experts."""
+
+    name: str  # inside the block
+    parameter: str  # inside the block; the experts share theirs
+    module: nn.Module
+    expert: int | None = None
+    transposed: bool = False
+
+    @property
+    def weight_OI(self) -> Tensor:
+        """The matrix, as a view: what is written into it is written into the parameter."""
+        whole: Tensor = getattr(self.module, self.parameter.rpartition(".")[2])
+        own = whole if self.expert is None else whole[self.expert]
+        return own.T if self.transposed else own
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs and inputs."""
+        outputs, inputs = self.weight_OI.shape
+        return outputs, inputs
 
 
 @contextmanager
@@ -39,24 +65,11 @@ def outside(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, nn.Param
     return {name: p for name, p in model.named_parameters() if id(p) not in skipped}
 
 
-def stored_names(model: PreTrainedModel, part: str, checkpoint: Checkpoint) -> dict[str, str]:
-    """What each parameter of the module `part` of `model` is called in `checkpoint`, by its name inside the module.
-
-    Raises:
-        ValueError: one is not there.
-    """
-    names = [name for name, _ in model.get_submodule(part).named_parameters()]
-    return {name: checkpoint.find(f"{part}.{name}".lstrip("."), model.base_model_prefix) for name in names}
-
-
-def fill(module: nn.Module, stored: dict[str, str], checkpoint: Checkpoint, like: Tensor) -> None:
-    """Read the parameters of `module` from `checkpoint`, in the dtype and on the device of `like`.
-
-    Raises:
-        ValueError: a tensor is quantised, or is not finite.
-    """
-    for name, place in stored.items():
-        put(module, name, checkpoint.read(place).to(like.device, like.dtype))
+def embeddings(model: PreTrainedModel) -> int:
+    """How many numbers the token embeddings and the output layer hold; those that are tied count once."""
+    head = model.get_output_embeddings()
+    parts = [*model.get_input_embeddings().parameters(), *(head.parameters() if head is not None else ())]
+    return sum({id(p): p.numel() for p in parts}.values())
 
 
 def empty(module: nn.Module) -> None:
@@ -66,22 +79,27 @@ def empty(module: nn.Module) -> None:
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Let `value` be the parameter `name` of `module`."""
+    """Let `value` be the parameter or buffer `name` of `module`; a parameter stays the one it is."""
     parent, _, leaf = name.rpartition(".")
-    module.get_submodule(parent)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    owner = module.get_submodule(parent)
+    if leaf in owner._buffers:
+        owner._buffers[leaf] = value
+    else:
+        own = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+        owner._parameters[leaf] = own
 
 
 def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the one ModuleList as long as the configuration says.
 
     Raises:
-        ValueError: there is none, or more than one.
+        ValueError: there is none, or more than one, or blocks share a weight.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == depth and len({type(block) for block in module}) == 1
+        if isinstance(module, nn.ModuleList) and len(module) == depth and not _inside_a_list(name)
     ]
     if len(found) != 1:
         lists = [f"{n} ({len(m)})" for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
@@ -89,25 +107,105 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"the decoder blocks of {type(model).__name__} cannot be found: its configuration says "
             f"num_hidden_layers={depth}, and its module lists are {', '.join(lists) or 'none'}; use a decoder-only model"
         )
+    _see_apart(*found[0])
     return found[0]
 
 
-def linear_layers(block: nn.Module, exclude: tuple[str, ...] = ()) -> dict[str, nn.Linear]:
-    """The linear layers of `block` by name, without those that match a pattern of `exclude`.
+def _see_apart(prefix: str, blocks: nn.ModuleList) -> None:
+    """See that every weight belongs to one block.
 
     Raises:
-        ValueError: none is left, or the block has experts, whose matrices are stacked.
+        ValueError: it belongs to several.
     """
-    if stacked := [name for name, weight in block.named_parameters() if weight.ndim > 2]:
-        raise ValueError(
-            f"{type(block).__name__} is a mixture of experts ({', '.join(stacked)}), which cannot be pruned yet; "
-            "choose a model without experts"
-        )
-    every = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    kept = {name: m for name, m in every.items() if not any(fnmatch(name, pattern) for pattern in exclude)}
+    seen: dict[int, int] = {}
+    for i, block in enumerate(blocks):
+        for name, param in block.named_parameters():
+            if (first := seen.setdefault(id(param), i)) != i:
+                raise ValueError(
+                    f"{prefix}.{i}.{name} is a weight of {prefix}.{first} too; blocks that share weights cannot be pruned one "
+                    "by one: choose another model"
+                )
+
+
+def _inside_a_list(name: str) -> bool:
+    return any(part.isdigit() for part in name.split("."))
+
+
+def matrices(block: nn.Module, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> dict[str, Matrix]:
+    """The matrices of `block` that are pruned, by name: those that match a pattern of `include`, or all linear layers
+    and experts where it is empty, without those that match one of `exclude`.
+
+    Routers (see `_routers`) are taken only by their full name in `include`.
+
+    Raises:
+        NothingLeft: none is left.
+        ValueError: the block has stacked matrices of an unknown kind.
+    """
+    every = _every(block)
+    routers = _routers(block, every)
+    kept = {
+        name: matrix
+        for name, matrix in every.items()
+        if (name in include if name in routers else not include or _matches(name, include))
+        and not _matches(name, exclude)
+    }
     if not kept:
-        raise ValueError(
-            f"no linear layer is left to prune in {type(block).__name__}: it has {', '.join(every) or 'none'}, "
-            f"and pruner.exclude={list(exclude)}"
+        raise NothingLeft(
+            f"no linear layer is left to prune in {type(block).__name__}: it has {', '.join(every) or 'none'}; "
+            f"pruner.include={list(include)} pruner.exclude={list(exclude)}"
         )
     return kept
+
+
+class NothingLeft(ValueError):
+    """No matrix of a block is to be pruned."""
+
+
+def names(block: nn.Module, pattern: str) -> list[str]:
+    """The matrices of `block`, routers among them, whose name matches `pattern`."""
+    return [name for name in _every(block) if fnmatch(name, pattern)]
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _every(block: nn.Module) -> dict[str, Matrix]:
+    out: dict[str, Matrix] = {}
+    for name, module in block.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            out[name] = Matrix(name, f"{name}.weight", module, None, isinstance(module, Conv1D))
+        stacked = experts.stacked(module)
+        if stacked and not experts.is_stacked(module):
+            raise ValueError(
+                f"{type(block).__name__}: {name} holds stacked matrices ({', '.join(stacked)}) that transformers' experts "
+                "interface does not run, so what enters them cannot be heard; choose a model of its own classes"
+            )
+        for leaf, param in stacked.items():
+            for i in range(len(param)):
+                own = f"{name}.{i}.{leaf}"
+                out[own] = Matrix(own, f"{name}.{leaf}", module, i, module.is_transposed)
+    return out
+
+
+def _routers(block: nn.Module, every: dict[str, Matrix]) -> set[str]:
+    """The linear layers that choose experts: those of a child of the module that holds the experts, where the last of
+    them has an output for each expert, or the only one of them a single output.
+    """
+    out: set[str] = set()
+    for name, module in block.named_modules():
+        before = f"{name}." if name else ""
+        children = [(f"{before}{child}", held) for child, held in module.named_children()]
+        counts = {count for _, held in children if (count := _experts(held))}
+        for child, _ in children if counts else ():
+            inside = [m for own, m in every.items() if m.expert is None and f"{own}.".startswith(f"{child}.")]
+            if inside and (inside[-1].shape[0] in counts or (len(inside) == 1 and inside[0].shape[0] == 1)):
+                out |= {matrix.name for matrix in inside}
+    return out
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts `module` holds, stacked or in a list."""
+    if isinstance(module, nn.ModuleList):
+        return len(module)
+    return max(map(len, experts.stacked(module).values()), default=0)

@@ -7,10 +7,12 @@ every tensor has its place there before it is known.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 
 import torch
@@ -19,6 +21,8 @@ from torch import Tensor
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
+LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")  # how the files begin that must go wherever the weights go
+CARD = "README.md"  # tells of one model; it is not copied to another
 _LENGTH_BYTES = 8  # of the header's length, little-endian (safetensors format)
 _CHUNK = 16 << 20  # bytes copied at a time
 
@@ -50,7 +54,10 @@ class Checkpoint:
     def _files(self) -> list[str]:
         index = self.directory / INDEX
         if index.is_file():
-            return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            try:
+                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(f"{index}: it is damaged ({error!r}); download the model again") from error
         if not (self.directory / SINGLE).is_file():
             raise ValueError(
                 f"{self.directory}: neither {SINGLE} nor {INDEX} is there; other formats are not read: convert the "
@@ -86,25 +93,12 @@ class Checkpoint:
             length = stream.read(_LENGTH_BYTES)
             return length + stream.read(int.from_bytes(length, "little"))
 
-    def find(self, name: str, prefix: str) -> str:
-        """The name under which the parameter `name` is stored: with or without the `prefix` of the base model.
-
-        Raises:
-            ValueError: it is not there.
-        """
-        for stored in (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"):
-            if stored in self.places:
-                return stored
-        raise ValueError(
-            f"{self.directory}: {name} is not in the checkpoint; it was saved from a wrapper or another architecture: "
-            "save the bare model again"
-        )
-
     def read(self, name: str) -> Tensor:
         """The tensor `name`, in memory of its own and in its own dtype.
 
         Raises:
-            ValueError: it is not of a floating-point dtype (a quantised checkpoint), or holds NaN or infinity.
+            ValueError: it is not of a floating-point dtype (a quantised checkpoint), holds NaN or infinity, or is no longer
+                there.
         """
         place = self.places[name]
         if place.dtype not in DTYPES:
@@ -112,10 +106,10 @@ class Checkpoint:
                 f"{self.directory}: {name} has dtype {place.dtype}; quantised weights cannot be pruned: take the "
                 f"unquantised checkpoint ({', '.join(DTYPES)})"
             )
-        with open(self.directory / place.file, "rb") as stream:
-            stream.seek(place.start)
-            content = bytearray(place.stop - place.start)
-            stream.readinto(content)
+        content = bytearray(place.stop - place.start)
+        with self.open(place) as stream:
+            if stream.readinto(content) != len(content):
+                raise self.cut(place)
         tensor = torch.frombuffer(content, dtype=DTYPES[place.dtype]).view(place.shape)
         if not torch.isfinite(tensor).all():
             raise ValueError(
@@ -123,29 +117,81 @@ class Checkpoint:
             )
         return tensor
 
+    def open(self, place: Place) -> BufferedReader:
+        """The file of a tensor, at its first byte.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        try:
+            stream = open(self.directory / place.file, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise ValueError(
+                f"{self.directory / place.file}: this shard cannot be read ({error.strerror}); download the model again"
+            ) from error
+        stream.seek(place.start)
+        return stream
+
+    def cut(self, place: Place) -> ValueError:
+        """What to raise where a file ends before a tensor does."""
+        return ValueError(
+            f"{self.directory / place.file}: it ends before byte {place.stop}, and did not when it was opened; bring back "
+            "the file as it was, or download the model again"
+        )
+
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(p.stop - p.start for p in self.places.values())
 
+    @property
+    def numbers(self) -> int:
+        """Numbers of all tensors."""
+        return sum(math.prod(p.shape) for p in self.places.values())
+
+    def stamp(self) -> dict[str, list[int]]:
+        """Size and time of change of every file that is there: what tells whether it is still the same."""
+        files = [file for file in sorted({p.file for p in self.places.values()}) if (self.directory / file).exists()]
+        stats = {file: (self.directory / file).stat() for file in files}
+        return {file: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+
 
 class Replica:
     """A checkpoint in `folder` in the layout of `source`, filled tensor by tensor in any order.
 
-    `fresh` says whether a file had to be begun; else all that was written there before still stands.
+    `fresh` says whether a file must be begun; else all that was written there before still stands.
+
+    Raises:
+        ValueError: `folder` is that of the source, or one of its files is.
     """
 
     def __init__(self, source: Checkpoint, folder: Path) -> None:
-        self.source, self.folder, self.fresh = source, folder, False
-        folder.mkdir(parents=True, exist_ok=True)
+        self.source, self.folder = source, folder
+        for own in (folder, *(folder / file for file in self._files())):
+            if own.exists() and own.samefile(source.directory / own.relative_to(folder)):
+                raise ValueError(f"{own}: a model cannot be pruned into its own files; give another folder")
+        self.fresh = not all(self._begun(file) for file in self._files())
+
+    def _begun(self, file: str) -> bool:
+        """Whether `file` has the size and the header of the source's."""
+        path, header = self.folder / file, self.source.header(file)
+        if not path.is_file() or path.stat().st_size != self._end(file):
+            return False
+        with open(path, "rb") as stream:
+            return stream.read(len(header)) == header
+
+    def begin(self) -> None:
+        """Begin the files that are not there, and see that their headers reach the disk."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         for file in self._files():
-            whole = max(p.stop for p in source.places.values() if p.file == file)
-            with open(folder / file, "ab") as stream:  # "ab": what a killed run wrote stays
-                if stream.tell() != whole:
-                    self.fresh = True
-                    stream.truncate(0)
-                    stream.write(source.header(file))
-                    stream.truncate(whole)
+            if not self._begun(file):
+                with open(self.folder / file, "wb") as stream:
+                    stream.write(self.source.header(file))
+                    stream.truncate(self._end(file))
+                self._sync([file])
+
+    def _end(self, file: str) -> int:
+        return max(p.stop for p in self.source.places.values() if p.file == file)
 
     def _files(self) -> list[str]:
         return sorted({p.file for p in self.source.places.values()})
@@ -162,23 +208,28 @@ class Replica:
         self._sync({self.source.places[name].file for name in tensors})
 
     def copy(self, names: Collection[str]) -> None:
-        """Copy tensors as they are in the source."""
+        """Copy tensors as they are in the source.
+
+        Raises:
+            ValueError: a file of the source is no longer what it was.
+        """
         for name in names:
             place = self.source.places[name]
-            with open(self.source.directory / place.file, "rb") as old, open(self.folder / place.file, "r+b") as new:
-                old.seek(place.start)
+            with self.source.open(place) as old, open(self.folder / place.file, "r+b") as new:
                 new.seek(place.start)
                 left = place.stop - place.start
                 while left:
                     chunk = old.read(min(_CHUNK, left))
+                    if not chunk:
+                        raise self.source.cut(place)
                     new.write(chunk)
                     left -= len(chunk)
         self._sync({self.source.places[name].file for name in names})
 
     def copy_rest(self) -> None:
-        """Copy the configuration, the tokenizer and the index of the source."""
+        """Copy the configuration, the tokenizer, the index and the licence of the source; its card is not of this model."""
         for file in self.source.directory.iterdir():
-            if file.is_file() and file.suffix in BESIDE:
+            if file.is_file() and (file.suffix in BESIDE or file.name.upper().startswith(LEGAL)):
                 shutil.copyfile(file, self.folder / file.name)
 
     def _sync(self, files: Collection[str]) -> None:
