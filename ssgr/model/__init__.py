@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.resources
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +16,9 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ssgr.model import experts
 from ssgr.model.blocks import weightless
-from ssgr.model.checkpoint import BESIDE
+from ssgr.model.checkpoint import BESIDE, CARD, LEGAL
 
 _PACKAGED = "pkg://"
 _HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
@@ -56,11 +57,8 @@ class Model:
         Raises:
             ValueError: the path is local and is no checkpoint directory.
         """
-        if self.path.startswith(_PACKAGED):
-            package, _, folder = self.path.removeprefix(_PACKAGED).partition("/")
-            return Path(str(importlib.resources.files(package))) / folder
-        path = Path(self.path).expanduser()
-        local = path.exists() or self.path.startswith((".", "/", "~")) or self.path.count("/") != 1
+        path = locate(self.path)
+        local = path.exists() or self.path.startswith((_PACKAGED, ".", "/", "~")) or self.path.count("/") != 1
         if local and not (path / "config.json").is_file():
             raise ValueError(
                 f"model.path={self.path}: no config.json there; give a Hugging Face checkpoint directory, or a hub id "
@@ -76,7 +74,7 @@ class Model:
         whole = hashlib.sha256()
         for file in sorted(self.directory.iterdir()):
             if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
-                whole.update(f"{file.name}\n{_checksum(file)}\n".encode())
+                whole.update(f"{file.name}\n{checksum(file)}\n".encode())
         return whole.hexdigest()
 
     def _commit(self) -> str:
@@ -111,13 +109,15 @@ class Model:
         """The model without weights, for a look at its structure before hours of work.
 
         Raises:
-            ValueError: it cannot be loaded, or there is no such device.
+            ValueError: it cannot be loaded, is quantised, or there is no such device.
         """
         self.torch_device()
         with _explained(self):
-            config = AutoConfig.from_pretrained(*self._source, **self._how)
+            config = _unquantised(AutoConfig.from_pretrained(*self._source, **self._how))
             with weightless():
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        experts.use(model)
+        _attend_exactly(model)
         return cast(PreTrainedModel, model.eval())
 
     def load(self) -> PreTrainedModel:
@@ -142,6 +142,7 @@ class Model:
                 raise ValueError(
                     f"model.path={self.path}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"
                 )
+        _attend_exactly(model)
         on_device: Any = torch.nn.Module.to(model, device)
         return cast(PreTrainedModel, on_device.eval())
 
@@ -163,7 +164,7 @@ class Model:
             return self.directory
         from huggingface_hub import snapshot_download
 
-        kinds = [f"*{suffix}" for suffix in (".safetensors", *BESIDE)]
+        kinds = [*(f"*{suffix}" for suffix in (".safetensors", *BESIDE)), CARD, *(f"{name}*" for name in LEGAL)]
         with _explained(self):
             return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=kinds))
 
@@ -194,6 +195,23 @@ class Model:
                 f"({error}); type model.system=null"
             ) from error
         return tuple(cast(list[int], ids))
+
+
+def _unquantised(config: Any) -> Any:
+    quantised = getattr(config, "quantization_config", None)
+    if quantised:
+        method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__
+        raise ValueError(
+            f"its config.json has a quantization_config ({method}), and quantised weights cannot be pruned; take the "
+            "unquantised checkpoint, or, if its weights are plain after all, remove quantization_config from config.json"
+        )
+    return config
+
+
+def _attend_exactly(model: PreTrainedModel) -> None:
+    """Let a model that caps its attention scores run attention that does: torch's fused kernel leaves the cap out."""
+    if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
 
 
 class _explained:
@@ -236,7 +254,26 @@ def pick_device(device: str) -> torch.device:
     return found
 
 
-def _checksum(file: Path) -> str:
+def locate(path: str) -> Path:
+    """Where `path` would lie on this machine: as it is, or inside the package that it names.
+
+    Raises:
+        ValueError: there is no such package.
+    """
+    if path.startswith(_PACKAGED):
+        package, _, inside = path.removeprefix(_PACKAGED).partition("/")
+        try:
+            spec = importlib.util.find_spec(package)  # which runs nothing of the package itself
+        except (ModuleNotFoundError, ValueError):  # of a package around it; of a name that is none
+            spec = None
+        if spec is None or not spec.submodule_search_locations:
+            raise ValueError(f"model.path={path}: there is no package {package}; install it, or give a directory")
+        return Path(spec.submodule_search_locations[0]) / inside
+    return Path(path).expanduser()
+
+
+def checksum(file: Path) -> str:
+    """What the content of `file` is; of a large one, what a part in sixteen of it is."""
     stat = file.stat()
     return _checksum_of(file, stat.st_size, stat.st_mtime_ns)
 
