@@ -23,6 +23,7 @@ from ssgr import pipeline
 from ssgr.records import RunResult
 from ssgr.report import table
 from ssgr.select import Policy
+from ssgr.stages.prune import Passing
 from ssgr.store import Store
 
 CONF = Path(__file__).parent / "conf"
@@ -57,13 +58,19 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         decoding=make("sampler.decoding"),
         grader=make("grader"),
         calib=make("calib"),
-        policy=Policy(make("difficulty"), make("length"), cfg.select.balance),
+        policy=Policy(
+            make("difficulty"), make("length"), cfg.select.balance, make("bins") if "_target_" in cfg.bins else None
+        ),
         scope=make("scope"),
         budget=make("budget"),
         pruner=make("pruner"),
         sparsity=make("sparsity"),
+        allocation=make("allocation"),
         bench=make("bench"),
         memory=make("memory"),
+        passing=Passing(cfg.propagate, cfg.order),
+        statistic=cfg.collect.statistic,
+        export=make("export"),
     )
 
 

@@ -17,18 +17,22 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ssgr import keys, tables
+from ssgr.allocation import Allocation
 from ssgr.calib import Material, Source
 from ssgr.grader import Grader
-from ssgr.model import Model
+from ssgr.model import Model, gguf
 from ssgr.problems import Problems, Split
-from ssgr.pruner import Pruner
-from ssgr.records import CalibrationSet, LayerResult, Problem, PruneResult, Row, RunResult, Score, to_json
+from ssgr.pruner import Pruner, Statistic
+from ssgr.records import CalibrationSet, Problem, PruneResult, RunResult, Score, to_json
 from ssgr.sampler import Decoding, Sampler
 from ssgr.scope import Scope
 from ssgr.select import Budget, Policy
 from ssgr.sparsity import Sparsity
-from ssgr.stages import evaluate, grade, prune, sample, select
+from ssgr.stages import card, evaluate, grade, prune, sample, select, statistics
+from ssgr.stages.export import Export
 from ssgr.stages.plan import Memory
+from ssgr.stages.prune import Passing
+from ssgr.stages.solve import Method
 from ssgr.store import Artefact, Store
 
 _log = logging.getLogger("ssgr")
@@ -50,8 +54,25 @@ class Experiment:
     budget: Budget
     pruner: Pruner
     sparsity: Sparsity
+    allocation: Allocation
     bench: evaluate.Bench
     memory: Memory
+    passing: Passing = Passing()  # noqa: RUF009 - it is frozen
+    statistic: Statistic = "gram"
+    export: Export = Export()  # noqa: RUF009 - it is frozen
+
+    def __post_init__(self) -> None:
+        if self.statistic not in ("norm", "gram"):
+            raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
+        if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):
+            raise ValueError(f"collect.statistic=norm: pruner={self.pruner.name} needs Gram matrices; type gram")
+
+    @property
+    def collects(self) -> Statistic:
+        """The statistic of the dense model that is wanted beside, or instead of, those of the pruned blocks."""
+        if self.passing.propagate == "dense" and self.pruner.statistic != "none":
+            return self.statistic
+        return {"nothing": "none", "norms": "norm", "scores": self.pruner.statistic}[self.allocation.needs]  # type: ignore[return-value]
 
 
 def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = None) -> RunResult:
@@ -60,11 +81,15 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
     Raises:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
-    skeleton = experiment.model.skeleton()
+    model, converted = gguf.stored(experiment.model, store)
+    experiment = dataclasses.replace(experiment, model=model)
+    skeleton = model.skeleton()
     prune.check(skeleton, experiment.pruner, experiment.sparsity)  # before hours of sampling
     experiment = dataclasses.replace(experiment, budget=_within_context(experiment.budget, skeleton))
     select.warn_unused(experiment.calib, experiment.policy, experiment.scope)
-    flow = _Flow(experiment, store)
+    flow = _Flow(experiment, store, gguf.record(converted))
+    if converted:
+        flow.done["convert"] = converted
     dense = flow.evaluated("dense", None)
     chosen = flow.selected()
     pruned = flow.pruned(chosen)
@@ -94,8 +119,8 @@ def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
 class _Flow:
     """The stages of one experiment; `done` collects their artefacts by name."""
 
-    def __init__(self, experiment: Experiment, store: Store) -> None:
-        self.x, self.store = experiment, store
+    def __init__(self, experiment: Experiment, store: Store, converted: dict[str, Any] | None = None) -> None:
+        self.x, self.store, self.converted = experiment, store, converted
         self.done: dict[str, Artefact] = {}
 
     @cached_property
@@ -160,7 +185,6 @@ class _Flow:
             if needs == "problems"
             else None,
             "policy": x.policy if {"difficulty", "length"} & uses else None,
-            "scope": x.scope if "scope" in uses else None,
             "budget": x.budget,
         }
 
@@ -174,24 +198,67 @@ class _Flow:
                 x.budget.max_row_tokens,
                 x.model.end_think,
             )
-            chosen = select.select(x.calib, material, x.policy, x.scope, x.budget)
+            chosen = select.select(x.calib, material, x.policy, x.budget)
             tables.write_rows(work / select.ROWS, chosen)
             (work / select.SUMMARY).write_text(json.dumps(chosen.summary(), indent=1))
 
         return self._stage("select", "select", select.VERSION, config, inputs, make)
 
-    def pruned(self, chosen: Artefact) -> Artefact:
-        """The pruned checkpoint; a pruner that needs no statistics does not depend on the calibration."""
-        x, blind = self.x, self.x.pruner.statistic == "none"
-        config = {"model": x.model, "pruner": x.pruner, "sparsity": x.sparsity}
+    def collected(self, chosen: Artefact) -> Artefact | None:
+        """The statistics of the dense model, if anything wants them: of all streams, whatever the mixture and sparsity."""
+        x, statistic = self.x, self.x.collects
+        if statistic == "none":
+            return None
 
         def make(work: Path) -> None:
-            calibration = None if blind else _calibration(chosen)
-            result = prune.prune(x.model, self.tokenizer, calibration, x.pruner, x.sparsity, x.memory, work)
+            statistics.collect(x.model, self.tokenizer, _calibration(chosen), statistic, x.memory, work)
+
+        config = {"model": x.model, "statistic": statistic}
+        return self._stage("collect", "collect", statistics.VERSION, config, {"select": chosen.key}, make)
+
+    def pruned(self, chosen: Artefact) -> Artefact:
+        """The pruned checkpoint; what needs no statistics does not depend on the calibration."""
+        x = self.x
+        collected = self.collected(chosen)
+        blind = x.pruner.statistic == "none"
+        listens = x.pruner.statistic != "none" and x.passing.propagate == "pruned"
+        inputs = {"select": chosen.key} if listens else {}
+        inputs |= {"collect": collected.key} if collected else {}
+        config = {
+            "model": x.model,
+            "pruner": x.pruner,
+            "sparsity": x.sparsity,
+            "allocation": x.allocation,
+            "passing": x.passing if x.pruner.statistic != "none" else None,
+            "scope": x.scope if inputs and "scope" in x.calib.uses else None,
+        }
+
+        def make(work: Path) -> None:
+            calibration = _calibration(chosen) if listens else None
+            method = Method(x.pruner, x.sparsity, x.allocation, x.scope)
+            dense = collected.path if collected else None
+            how = (x.memory, work, x.passing, dense)
+            result = prune.prune(x.model, self.tokenizer, calibration, method, *how)
             (work / prune.RESULT).write_text(json.dumps(to_json(result), indent=1))
+            own = {**inputs, "prune": keys.key("prune", prune.VERSION, config, inputs)}
+            self._write_card(work / prune.CHECKPOINT, result, config, None if blind else _calibration(chosen), own)
             prune.finish(work)
 
-        return self._stage("prune", "prune", prune.VERSION, config, {} if blind else {"select": chosen.key}, make)
+        return self._stage("prune", "prune", prune.VERSION, config, inputs, make)
+
+    def _write_card(
+        self,
+        checkpoint: Path,
+        result: PruneResult,
+        config: dict[str, Any],
+        rows: CalibrationSet | None,
+        keys_: dict[str, str],
+    ) -> None:
+        x = self.x
+        told = ("pruner", "sparsity", "allocation", "scope", "passing")
+        settings = {name: keys.describe(config[name]) for name in told}
+        found = card.provenance(x.model, to_json(result), settings, rows, keys_, _versions(), self.converted)
+        card.write(checkpoint, found, x.model.files())
 
     def evaluated(self, name: str, pruned: Artefact | None) -> Artefact:
         """The score of the dense or the pruned model on the benchmark."""
@@ -211,21 +278,17 @@ class _Flow:
 
 
 def _calibration(chosen: Artefact) -> CalibrationSet:
-    rows = tables.read_rows(chosen.path / select.ROWS)
+    rows, held_out = tables.read_rows(chosen.path / select.ROWS)
     summary = json.loads((chosen.path / select.SUMMARY).read_text())
-    return CalibrationSet(
-        summary["source"],
-        tuple(Row(tuple(r["ids"]), r["prompt_tokens"], r["id"]) for r in rows),
-        tuple(tuple(r["weights"]) for r in rows),
-        tuple((name, count) for name, count in summary["funnel"]),
-        summary["tokens"]["asked"],
-    )
+    funnel = tuple((name, count) for name, count in summary["funnel"])
+    weights = tuple((1.0,) * len(row) for row in rows)
+    asked = summary["tokens"]["asked"]
+    return CalibrationSet(summary["source"], rows, weights, funnel, asked, summary["parts"], held_out)
 
 
 def _read_prune(pruned: Artefact) -> PruneResult:
-    found = json.loads((pruned.path / prune.RESULT).read_text())
-    layers = tuple(LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in found["layers"])
-    return PruneResult(**{**found, "layers": layers, "checkpoint": str((pruned.path / prune.CHECKPOINT).resolve())})
+    checkpoint = str((pruned.path / prune.CHECKPOINT).resolve())
+    return dataclasses.replace(prune.read(pruned.path / prune.RESULT), checkpoint=checkpoint)
 
 
 def read_score(evaluated: Artefact) -> Score:

@@ -57,12 +57,16 @@ class Graded:
 
 @dataclass(frozen=True)
 class Row:
-    """One candidate for the calibration set: whole token ids, the first `prompt_tokens` of them the prompt."""
+    """One candidate for the calibration set: whole token ids, the first `prompt_tokens` of them the prompt.
+
+    `bin` names its band of difficulty and length, where traces are binned.
+    """
 
     ids: tuple[int, ...]
     prompt_tokens: int
     id: str
     level: int | None = None
+    bin: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -70,13 +74,19 @@ class Row:
 
 @dataclass(frozen=True)
 class CalibrationSet:
-    """Ragged rows of token ids with one weight a token, and how they were chosen."""
+    """Ragged rows of token ids with one weight a token, and how they were chosen.
+
+    `parts` says whether prompt and response may weigh differently; `held_out` are rows of the same kind on which the
+    reconstruction is only measured.
+    """
 
     source: str
     rows: tuple[Row, ...]
     weights: tuple[tuple[float, ...], ...]
     funnel: Funnel
     asked: int
+    parts: bool = True
+    held_out: tuple[Row, ...] = ()
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -91,29 +101,54 @@ class CalibrationSet:
             "source": self.source,
             "rows": len(self.rows),
             "tokens": self.tokens,
+            "held_out": {"rows": len(self.held_out), "tokens": sum(map(len, self.held_out))},
+            "parts": self.parts,
             "funnel": [*map(list, self.funnel)],
         }
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """What pruning did to one linear layer; `error` is relative: ||(W - W') X|| / ||W X|| on the calibration rows."""
+    """What pruning did to one matrix.
+
+    Errors are relative, ||(W - W') X|| / ||W X||, on the calibration rows and on the held-out ones; `tokens` is the sum of
+    the weights of the tokens that came, `emptied` counts outputs that lost all their weights, and `condition` is the
+    condition number of the damped Hessian.
+    """
 
     name: str
     shape: tuple[int, int]
+    target: float
     sparsity: float
+    tokens: float
     error: float | None
+    error_held_out: float | None
+    emptied: int
+    condition: float | None
     damping: float | None
     seconds: float
 
 
 @dataclass(frozen=True)
 class PruneResult:
-    """What pruning did to the model."""
+    """What pruning did to the model.
+
+    `sparsity_realised` is over the matrices that were pruned, `sparsity_model` over all weights but the embeddings and the
+    output layer, `sparsity_with_embeddings` over all; `unseen` matrices (experts) met no calibration token and were pruned
+    by magnitude; `seconds` are split into load, forward, statistics, solve and store.
+    """
 
     pruner: str
+    allocation: str
+    propagate: str
     sparsity_target: float
     sparsity_realised: float
+    sparsity_model: float
+    sparsity_with_embeddings: float
+    unseen: int
+    seconds: dict[str, float]
+    peak_host_mib: float
+    peak_device_mib: float | None
     layers: tuple[LayerResult, ...]
     checkpoint: str
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
+from ssgr.bins import Bins
 from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
 from ssgr.records import Funnel, Graded, Row, Verdict
@@ -28,6 +29,7 @@ class Budget:
     rows: int | None = None
     max_row_tokens: int = 4096
     overlong: Literal["drop", "window"] = "drop"
+    held_out: float = 0.0  # tokens beside the budget, as a share of it, on which the reconstruction is only measured
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.rows is None):
@@ -38,6 +40,10 @@ class Budget:
         for name, n in (("tokens", self.tokens), ("rows", self.rows), ("max_row_tokens", self.max_row_tokens)):
             if n is not None and (not isinstance(n, int) or n < 1):
                 raise ValueError(f"budget.{name}={n}: give a whole number of at least 1, without a point or exponent")
+        if not 0 <= self.held_out <= 1:
+            raise ValueError(
+                f"budget.held_out={self.held_out}: give a share of the budget between 0 and 1, such as 0.125"
+            )
         if self.overlong not in ("drop", "window"):
             raise ValueError(f"budget.overlong={self.overlong!r}: valid choices are drop, window")
 
@@ -49,6 +55,7 @@ class Policy:
     difficulty: Difficulty
     length: Length
     balance: Balance = "none"
+    bins: Bins | None = None  # what the rows are labelled by, if by anything
 
     def __post_init__(self) -> None:
         if self.balance not in ("none", "level", "length"):
@@ -65,11 +72,20 @@ class Candidates:
     windowed: bool = False  # running text or noise: the last row may be shortened to meet the budget exactly
 
 
-def as_row(graded: Graded) -> Row:
+def as_row(graded: Graded, bin_: str = "") -> Row:
     """The whole trace as a row: its prompt ids and the generated ids as they came."""
     trace = graded.trace
     name = f"{trace.problem_id}#{trace.attempt}"
-    return Row(trace.prompt_ids + trace.generated_ids, len(trace.prompt_ids), name, graded.level)
+    return Row(trace.prompt_ids + trace.generated_ids, len(trace.prompt_ids), name, graded.level, bin_)
+
+
+def as_rows(graded: Sequence[Graded], wrong: Mapping[str, float], bins: Bins | None) -> list[Row]:
+    """Whole traces as rows, labelled by `bins` among these traces."""
+    if bins is None:
+        return [as_row(g) for g in graded]
+    shares = [wrong.get(g.trace.problem_id) for g in graded]
+    labels = bins.of(shares, [len(g.trace.generated_ids) for g in graded])
+    return [as_row(g, label) for g, label in zip(graded, labels, strict=True)]
 
 
 def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidates:
@@ -82,7 +98,9 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
         raise ValueError(f"calib.verdict={verdict!r}: valid choices are any, {', '.join(Verdict)}")
     wrong = wrong_shares(graded)
     fit = [g for g in graded if verdict in ("any", g.verdict)]
-    hard = [g for g in fit if g.trace.problem_id in wrong and policy.difficulty.holds(wrong[g.trace.problem_id])]
+    held = [g.trace.problem_id in wrong and policy.difficulty.holds(wrong[g.trace.problem_id]) for g in fit]
+    hard = [g for g, ok in zip(fit, held, strict=True) if ok]
+    rows = [row for row, ok in zip(as_rows(fit, wrong, policy.bins), held, strict=True) if ok]
     strata = _strata(fit, hard, policy.balance)
     kept = _in_band(hard, strata if policy.balance == "level" else ["all"] * len(hard), policy.length)
     funnel: Funnel = (
@@ -96,7 +114,7 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
     if policy.balance != "none":
         _see_strata(fit if policy.balance == "length" else hard, [strata[i] for i in kept], policy)
     balanced = None if policy.balance == "none" else tuple(strata[i] for i in kept)
-    return Candidates(tuple(as_row(hard[i]) for i in kept), funnel, balanced)
+    return Candidates(tuple(rows[i] for i in kept), funnel, balanced)
 
 
 def show(funnel: Funnel) -> str:
@@ -273,6 +291,21 @@ def _fill(order: Sequence[int], lengths: Sequence[int], tokens: int, strata: Seq
                     taken[at] = other
                     return taken
     return taken
+
+
+def left_over(candidates: Candidates, drawn: Sequence[Row], tokens: int, seed: int) -> tuple[Row, ...]:
+    """At most `tokens` tokens of random rows that were not drawn; fewer, or none, where the pool is used up."""
+    used = {row.id for row in drawn}
+    rest = [row for row in candidates.rows if row.id not in used]
+    random.Random(f"held out/{seed}").shuffle(rest)
+    out = []
+    for row in rest:
+        if candidates.windowed and len(row) > tokens >= 2:
+            row = shorten(row, tokens)
+        if len(row) <= tokens:
+            out.append(row)
+            tokens -= len(row)
+    return tuple(out)
 
 
 def match(candidates: Candidates, rows: int, tokens: int, seed: int) -> tuple[Row, ...]:

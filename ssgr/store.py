@@ -152,7 +152,7 @@ class Store:
             _reset_peak_rss()
             start = time.monotonic()
             make(work)
-            seconds, peak = time.monotonic() - start, _peak_rss_mib()
+            seconds, peak = time.monotonic() - start, peak_rss_mib()
             files = _seal(work)
             manifest = _Manifest(
                 version=MANIFEST_VERSION,
@@ -283,7 +283,7 @@ def _reset_peak_rss() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def _peak_rss_mib() -> float:
+def peak_rss_mib() -> float:
     """The process's largest resident memory since `_reset_peak_rss`, of all its threads."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssgr.records import CalibrationSet, Graded, Outcome, Trace, Verdict
+from ssgr.records import CalibrationSet, Graded, Outcome, Row, Trace, Verdict
 
 _IDS = pa.list_(pa.int32())
 _TRACE = pa.schema(
@@ -40,7 +40,13 @@ _OUTCOME = pa.schema(
     ]
 )
 _ROW = pa.schema(
-    [("id", pa.string()), ("ids", _IDS), ("prompt_tokens", pa.int32()), ("weights", pa.list_(pa.float32()))]
+    [
+        ("id", pa.string()),
+        ("ids", _IDS),
+        ("prompt_tokens", pa.int32()),
+        ("bin", pa.string()),
+        ("held_out", pa.bool_()),
+    ]
 )
 
 
@@ -104,12 +110,14 @@ def read_outcomes(path: Path) -> list[Outcome]:
 
 
 def write_rows(path: Path, calibration: CalibrationSet) -> None:
-    """Write the rows of a calibration set with the weight of each token."""
-    pairs = zip(calibration.rows, calibration.weights, strict=True)
-    rows = [{"id": r.id, "ids": r.ids, "prompt_tokens": r.prompt_tokens, "weights": w} for r, w in pairs]
-    _write(path, rows, _ROW)
+    """Write the rows of a calibration set, then those that are held out."""
+    every = [(row, False) for row in calibration.rows] + [(row, True) for row in calibration.held_out]
+    _write(path, [{**_plain(row), "held_out": held_out} for row, held_out in every], _ROW)
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a calibration set as dictionaries: id, ids, prompt_tokens, weights."""
-    return _read(path)
+def read_rows(path: Path) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """The rows of a calibration set, and those that are held out."""
+    parts: tuple[list[Row], list[Row]] = ([], [])
+    for row in _read(path):
+        parts[row["held_out"]].append(Row(tuple(row["ids"]), row["prompt_tokens"], row["id"], bin=row["bin"]))
+    return tuple(parts[0]), tuple(parts[1])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import BartConfig, BartForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import BartConfig, BartForCausalLM
 
 from tests.conftest import TINY, Run
 
@@ -93,16 +93,6 @@ def test_a_checkpoint_without_some_weights_names_one(run: Run, tmp_path: Path) -
         ["model=local", f"model.path={tmp_path / 'wrapped'}"],
         ["are not in the checkpoint", "the first is lm_head.weight", "is cut to the model's context of 1024"],
     )
-
-
-def test_a_mixture_of_experts(run: Run, tmp_path: Path) -> None:
-    size = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = MixtralConfig(
-        vocab_size=512, num_hidden_layers=2, num_local_experts=2, max_position_embeddings=512, **size
-    )
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    TINY.tokenizer().save_pretrained(tmp_path / "moe")
-    told(run, ["model=local", f"model.path={tmp_path / 'moe'}"], ["mixture of experts", "mlp.experts"])
 
 
 def test_a_model_without_decoder_blocks(run: Run, tmp_path: Path) -> None:

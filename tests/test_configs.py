@@ -104,4 +104,4 @@ def test_every_experiment_is_a_sweep_with_draws(name: str) -> None:
 def test_config_groups_are_the_agreed_ones() -> None:
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
     assert {"model", "problems", "sampler", "grader", "calib", "difficulty", "length", "scope", "pruner", "sparsity",
-            "bench", "experiment"} <= groups  # fmt: skip
+            "allocation", "bench", "experiment"} <= groups  # fmt: skip

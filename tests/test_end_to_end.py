@@ -22,8 +22,9 @@ from tests.conftest import ROOT, SMALL, Run
 
 SCHEMA = {
     "config": set(), "keys": set(), "versions": set(), "stages": set(),
-    "calibration": {"source", "rows", "tokens", "funnel"},
-    "prune": {"pruner", "sparsity_target", "sparsity_realised", "layers", "checkpoint"},
+    "calibration": {"source", "rows", "tokens", "held_out", "funnel"},
+    "prune": {"pruner", "allocation", "propagate", "sparsity_target", "sparsity_realised", "sparsity_model",
+              "sparsity_with_embeddings", "unseen", "seconds", "peak_host_mib", "layers", "checkpoint"},
     "scores": {"dense", "pruned"},
     "delta": {"accuracy", "ci95"},
 }  # fmt: skip
@@ -57,8 +58,15 @@ def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(checkpoint).chat_template
     weight = model.model.layers[0].mlp.down_proj.weight
     assert float((weight == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
-    rows = tables.read_rows(tmp_path / "run" / "calibration.parquet")
-    assert sum(len(r["ids"]) for r in rows) == 400 and all("#" in r["id"] for r in rows)
+    rows, held_out = tables.read_rows(tmp_path / "run" / "calibration.parquet")
+    assert sum(map(len, rows)) == 400 and all("#" in row.id for row in rows)
+    assert not {row.id for row in rows} & {row.id for row in held_out}
+    told = json.loads((checkpoint / "ssgr.json").read_text())
+    assert told["keys"] == {name: one["keys"][name] for name in ("select", "prune")} and told["calibration"][
+        "rows"
+    ] == len(rows)
+    assert (checkpoint / "README.md").read_text().startswith("---\nlibrary_name: transformers")
+    assert "sparsity_config" not in json.loads((checkpoint / "config.json").read_text())
     assert any((tmp_path / "run").glob("*.log"))
 
     second = run("calib=self")
@@ -67,6 +75,35 @@ def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
     assert all(stage["cached"] for stage in two["stages"].values())
     assert two["scores"] == one["scores"] and two["keys"] == one["keys"]
     assert "10 stages read from the store, 0 made" in second.stdout + second.stderr
+
+
+def test_a_dense_grid_collects_once(run: Run, tmp_path: Path) -> None:
+    """Pruners, sparsities, mixtures and allocations of one calibration read the same statistics."""
+    axes = ("pruner=wanda,sparsegpt", "scope=both,response", "allocation=owl,uniform")
+    done = run("-m", "calib=self", "propagate=dense", "bins=difficulty_length", "bench=smoke", *axes)
+    assert done.returncode == 0, done.stderr
+    cells = [result(tmp_path / "sweep" / str(i)) for i in range(8)]
+    assert len({cell["keys"]["collect"] for cell in cells}) == 1
+    assert len({cell["keys"]["prune"] for cell in cells}) == 8
+    assert sum(not cell["stages"]["collect"]["cached"] for cell in cells) == 1
+    for cell in cells:
+        assert cell["prune"]["sparsity_realised"] == pytest.approx(0.5, abs=1e-4)
+        assert (len({layer["target"] for layer in cell["prune"]["layers"]}) > 1) == (
+            cell["prune"]["allocation"] == "owl"
+        )
+        assert all(layer["error_held_out"] is not None for layer in cell["prune"]["layers"])
+
+
+def test_owl_collects_norms_beside_the_pruned_propagation(run: Run, tmp_path: Path) -> None:
+    done = run("calib=corpus", "allocation=owl", "bench=smoke", "+scope.bins.hard_medium=2")
+    assert done.returncode == 0, done.stderr
+    keys = result(tmp_path / "run")["keys"]
+    assert (
+        json.loads((tmp_path / "store" / "collect" / keys["collect"] / "manifest.json").read_text())["config"][
+            "statistic"
+        ]
+        == "norm"
+    )
 
 
 def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:

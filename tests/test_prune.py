@@ -20,17 +20,21 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
-from ssgr.model.blocks import decoder_blocks, linear_layers
+from ssgr.model.blocks import decoder_blocks, matrices
 from ssgr.pruner import Pruner
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
 from ssgr.records import CalibrationSet, PruneResult, Row
+from ssgr.scope import BOTH, Scope
 from ssgr.sparsity import NM, Sparsity, Unstructured
 from ssgr.stages import activations
 from ssgr.stages import prune as prune_stage
 from ssgr.stages.plan import Memory
+from ssgr.stages.prune import Passing
+from ssgr.stages.solve import Method
 from tests.conftest import random_model
 
 
@@ -42,15 +46,29 @@ def calibration(weights: str = "both", seed: int = 0, rows: int = 12) -> Calibra
     return CalibrationSet("test", made, w, (), 0)
 
 
+PUBLISHED = Passing("pruned", "block")
+
+
+def uniform(pruner: Pruner, sparsity: Sparsity, scope: Scope = BOTH) -> Method:
+    """The same sparsity in every layer."""
+    return Method(pruner, sparsity, Uniform(), scope)
+
+
 def prune(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, cal: CalibrationSet | None, pruner: Pruner, sparsity: Sparsity,
-    work: Path, gib: float = 1.0,
+    work: Path, gib: float = 1.0, passing: Passing = PUBLISHED,
 ) -> PruneResult:  # fmt: skip
     """Prune a saved copy of `model`, and give `model` the weights of the checkpoint that this leaves."""
     source = work.with_name(f"{work.name}.source")
     model.save_pretrained(source)
     result = prune_stage.prune(
-        Model("random", str(source), device="cpu"), tokenizer, cal, pruner, sparsity, Memory(gib), work
+        Model("random", str(source), device="cpu"),
+        tokenizer,
+        cal,
+        uniform(pruner, sparsity),
+        Memory(gib),
+        work,
+        passing,
     )
     loaded = AutoModelForCausalLM.from_pretrained(work / "checkpoint", dtype="auto")
     model.load_state_dict(loaded.state_dict())
@@ -63,7 +81,7 @@ def naive_wanda(model: nn.Module, cal: CalibrationSet, ratio: float) -> dict[str
     keep: dict[str, Tensor] = {}
     prefix, blocks = decoder_blocks(model)
     for i, block in enumerate(blocks):
-        layers = linear_layers(block)
+        layers = matrices(block)
         square: dict[str, Tensor] = {}
 
         def hook(name: str, weight: Tensor, square: dict[str, Tensor] = square):  # type: ignore[no-untyped-def]
@@ -73,16 +91,16 @@ def naive_wanda(model: nn.Module, cal: CalibrationSet, ratio: float) -> dict[str
             return hear
 
         for row, w in zip(cal.rows, cal.weights, strict=True):
-            handles = [m.register_forward_pre_hook(hook(n, torch.tensor(w).double())) for n, m in layers.items()]
+            handles = [m.module.register_forward_pre_hook(hook(n, torch.tensor(w).double())) for n, m in layers.items()]
             with torch.no_grad():
                 model(input_ids=torch.tensor([row.ids]), use_cache=False)
             for handle in handles:
                 handle.remove()
         for name, layer in layers.items():
-            score = layer.weight.abs() * square[name].sqrt()
+            score = layer.weight_OI.abs() * square[name].sqrt()
             drop = score.argsort(1)[:, : int(score.shape[1] * ratio)]
             mask = torch.ones_like(score, dtype=torch.bool).scatter_(1, drop, False)
-            layer.weight.data *= mask
+            layer.weight_OI.data.mul_(mask)
             keep[f"{prefix}.{i}.{name}"] = mask
     return keep
 
@@ -139,7 +157,7 @@ def test_prompt_tokens_without_weight_still_give_context(tokenizer: PreTrainedTo
     for cal in (full, response):
         model = random_model()
         prune(model, tokenizer, cal, Wanda(), Unstructured(0.5), tmp_path / str(len(masks)))
-        masks.append(torch.cat([m.weight.flatten() != 0 for m in linear_layers(model.model.layers).values()]))
+        masks.append(torch.cat([m.weight_OI.flatten() != 0 for b in model.model.layers for m in matrices(b).values()]))
     assert not torch.equal(*masks)
 
 
@@ -159,8 +177,8 @@ def test_sparsegpt_repairs_the_output_better_than_wanda(tokenizer: PreTrainedTok
 def test_n_m_holds_in_every_group(pruner: SparseGPT, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
     prune(model, tokenizer, calibration(), pruner, NM(2, 4), tmp_path)
-    for layer in linear_layers(model.model.layers).values():
-        assert ((layer.weight.reshape(-1, 4) != 0).sum(1) <= 2).all()
+    for layer in (m for block in model.model.layers for m in matrices(block).values()):
+        assert ((layer.weight_OI.reshape(-1, 4) != 0).sum(1) <= 2).all()
 
 
 def digest(folder: Path) -> str:
@@ -222,8 +240,8 @@ def test_a_scope_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase, t
 
 def test_overflowing_activations_name_their_block(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
-    model.model.layers[1].mlp.down_proj.weight.data *= 1e38
-    with pytest.raises(ValueError, match=r"model\.layers\.1: its output holds NaN or infinity"):
+    model.model.layers[0].mlp.down_proj.weight.data *= 1e38
+    with pytest.raises(ValueError, match=r"model\.layers\.0: its output holds NaN or infinity"):
         prune(model, tokenizer, calibration(), Wanda(), Unstructured(0.5), tmp_path)
 
 
@@ -234,4 +252,4 @@ def test_blocks_are_found_by_structure() -> None:
     with pytest.raises(ValueError, match=r"num_hidden_layers=7.*model\.layers \(2\)"):
         decoder_blocks(model)
     with pytest.raises(ValueError, match="no linear layer is left"):
-        linear_layers(model.model.layers[0], ("*",))
+        matrices(model.model.layers[0], (), ("*",))

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssgr.bins import Bins
 from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
 from ssgr.records import Graded, Row, Trace, Verdict
-from ssgr.scope import Scope
-from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, match
+from ssgr.scope import Scope, streams
+from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, left_over, match
 
 ANY = Difficulty("any", 0, 1, True, True)
 HARD = Difficulty("hard", 0.5, 1, False, False)
@@ -84,11 +86,38 @@ def test_bad_length_bands_are_refused() -> None:
         Length("x", "percentile", 50, 120)
 
 
-def test_scope_weighs_prompt_and_response() -> None:
-    row = Row((1, 2, 3, 4, 5), 2, "r")
-    assert Scope("both").weights(row) == (1, 1, 1, 1, 1)
-    assert Scope("response").weights(row) == (0, 0, 1, 1, 1)
-    assert Scope("prompt").weights(row) == (1, 1, 0, 0, 0)
+def test_scope_weighs_the_streams_of_a_row() -> None:
+    row = Row((1, 2, 3, 4, 5), 2, "r", bin="hard_medium")
+    assert streams(row, parts=True) == [("hard_medium/prompt", 0, 2), ("hard_medium/response", 2, 5)]
+    assert streams(row, parts=False) == [("hard_medium/text", 0, 5)]
+    assert streams(Row((1, 2), 0, "r"), parts=True) == [("/response", 0, 2)]
+    scope = Scope("mixed", prompt=0, response=2, bins={"hard_medium": 3})
+    weights = [
+        scope.weight(f"{bin_}/{part}") for bin_ in ("hard_medium", "") for part in ("prompt", "response", "text")
+    ]
+    assert weights == [0, 6, 3, 0, 2, 1]
+
+
+@pytest.mark.parametrize("wrong", [{"prompt": -1}, {"prompt": 0, "response": 0}, {"bins": {"a": float("inf")}}])
+def test_weights_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"give a weight of at least 0|give one of them a weight of 1"):
+        Scope("x", **wrong)
+
+
+def test_traces_are_binned_among_those_that_are_eligible() -> None:
+    bins = Bins("b", {"hard": HARD}, {"medium": MEDIUM})
+    labels = bins.of([0.8, 0.8, 0.1, None], [20, 1, 20, 30])
+    assert labels == ["hard_medium", "hard_other", "other_medium", "other_other"]
+    rows = eligible(pool(), "right", Policy(HARD, EVERY, bins=bins)).rows
+    assert {row.bin for row in rows} == {"hard_medium", "hard_other"}
+
+
+def test_held_out_rows_are_none_of_those_that_were_drawn() -> None:
+    candidates = Candidates(tuple(Row((1,) * n, 0, str(n)) for n in range(2, 40)), ())
+    drawn = draw(candidates, Budget(tokens=200), 0)
+    held_out = left_over(candidates, drawn, 50, 0)
+    assert not {r.id for r in held_out} & {r.id for r in drawn} and 25 < sum(map(len, held_out)) <= 50
+    assert left_over(candidates, candidates.rows, 50, 0) == ()
 
 
 def test_funnel_counts_every_filter() -> None:

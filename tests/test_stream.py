@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -19,9 +24,12 @@ from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import NM, Unstructured
 from ssgr.stages.plan import Memory
-from ssgr.stages.prune import check, prune
+from ssgr.stages.prune import Passing, check, finish, prune
+from ssgr.stages.solve import Solver
+from ssgr.stages.statistics import collect
+from ssgr.store import Store
 from tests.conftest import ROOT, random_model
-from tests.test_prune import calibration
+from tests.test_prune import calibration, uniform
 
 HALF = Unstructured(0.5)
 
@@ -41,7 +49,7 @@ def test_the_layout_is_that_of_the_source(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source = saved(tmp_path / "source", dtype=dtype)
-    prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), tmp_path / "work")
+    prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work")
     pruned = tmp_path / "work" / "checkpoint"
     names = {file.name for file in (tmp_path / "source").iterdir()}
     assert {file.name for file in pruned.iterdir()} == names and len(weights(pruned)) > 3
@@ -61,79 +69,147 @@ def test_the_layout_is_that_of_the_source(
 def test_activations_in_a_file_change_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source = saved(tmp_path / "source")
     for gib in (0, 1):
-        prune(source, tokenizer, calibration(), SparseGPT(), HALF, Memory(gib), tmp_path / str(gib))
-        assert not (tmp_path / str(gib) / "activations.bin").exists()
+        prune(source, tokenizer, calibration(), uniform(SparseGPT(), HALF), Memory(gib), tmp_path / str(gib))
+        assert not list((tmp_path / str(gib)).glob("activations*"))
     assert weights(tmp_path / "0" / "checkpoint") == weights(tmp_path / "1" / "checkpoint")
 
 
 KILLS = """
-import json, os, random, signal, sys, time
+import json, os, random, signal, sys, threading
+from collections import Counter
 from pathlib import Path
 import torch
 from ssgr.model import Model
+from ssgr.model.checkpoint import Replica
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.sparsity import Unstructured
+from ssgr.stages import journal, statistics
 from ssgr.stages.plan import Memory
-from ssgr.stages.prune import prune
+from ssgr.stages.prune import Passing, prune
+from ssgr.stages.walk import Walk
 from tests.conftest import TINY
-from tests.test_prune import calibration
+from tests.test_prune import calibration, uniform
 
 torch.set_num_threads(1)
-model, tokenizer, rows = Model("random", sys.argv[1], device="cpu"), TINY.tokenizer(), calibration(rows=40)
+source, root, propagate, order, gib = sys.argv[1:]
+model, tokenizer, rows = Model("random", source, device="cpu"), TINY.tokenizer(), calibration(rows=40)
 model.fingerprint
+rng, events, last = random.Random(order + gib), Counter(), ("", 0, False)
 
-def finished(work):
-    journal = Path(work, "blocks.json")
-    return len(json.loads(journal.read_text())) if journal.exists() else 0
+def everything(work):
+    dense = None
+    if propagate == "dense":
+        dense = work / "collected"
+        dense.mkdir(parents=True, exist_ok=True)
+        statistics.collect(model, tokenizer, rows, "gram", Memory(int(gib)), dense)
+    method, passing = uniform(SparseGPT(), Unstructured(0.5)), Passing(propagate, order)
+    prune(model, tokenizer, None if dense else rows, method, Memory(int(gib)), work / "pruned", passing, dense)
 
-def run(work, blocks=None):
-    '''Prune in a child, killed at some moment after it finished `blocks`; whether it came to its end.'''
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def watched(owner, name, torn):
+    '''Let each call of a function be an event; the `last` one is only begun, or the process dies a little later.'''
+    own, event = getattr(owner, name), owner.__name__.rpartition(".")[2] + "." + name
+    def call(*args, **options):
+        events[event] += 1
+        if (event, events[event]) == last[:2]:
+            if last[2]:
+                torn(*args)
+                die()
+            threading.Timer(rng.uniform(0, 0.02), die).start()
+        return own(*args, **options)
+    setattr(owner, name, call)
+
+def half_written(replica, tensors):
+    for name in tensors:
+        place = replica.source.places[name]
+        with open(replica.folder / place.file, "r+b") as stream:
+            stream.seek(place.start)
+            stream.write(b"x" * ((place.stop - place.start) // 2))
+
+def half_begun(replica):
+    replica.folder.mkdir(parents=True, exist_ok=True)
+    for file in [file for file in replica._files() if not replica._begun(file)][:1]:
+        (replica.folder / file).write_bytes(b"torn")
+
+watched(Replica, "begin", half_begun)
+watched(Replica, "copy_rest", lambda replica: (replica.folder / "config.json").write_text("{"))
+watched(Replica, "write", half_written)
+watched(Replica, "copy", half_written)
+watched(journal, "write", lambda file, content: file.with_name(file.name + ".new").write_text("{"))
+watched(statistics, "save_file", lambda tensors, file, *rest: Path(file).write_bytes(b"torn"))
+watched(os, "fsync", lambda *args: None)
+watched(Walk, "keep", lambda *args: None)
+
+def run(work, *at):
+    '''Do everything in a child that dies at the event `at`; how many events it saw if it came to its end.'''
+    global last
+    last, (there, here) = at, os.pipe()
     child = os.fork()
     if child == 0:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        prune(model, tokenizer, rows, SparseGPT(), Unstructured(0.5), Memory(1), Path(work))
+        everything(Path(work))
+        os.write(here, json.dumps(events).encode())
         os._exit(0)
-    while blocks is None or finished(work) < blocks:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0, status
-            return True
-        time.sleep(0.001)
-    time.sleep(rng.uniform(0, 0.1))
-    os.kill(child, signal.SIGKILL)
+    os.close(here)
     _, status = os.waitpid(child, 0)
-    return not os.WIFSIGNALED(status)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, status
+    return json.loads(os.read(there, 10000) or b"{}")
 
-rng, stops = random.Random(0), [0]
-assert run(sys.argv[2] + "/whole")
-parts = sys.argv[2] + "/parts"
-while not run(parts, stops[-1] + rng.randrange(3)):
-    stops.append(finished(parts))
-assert run(parts)
+def finished(work):
+    found = Path(work, "pruned", "blocks.json")
+    collected = len(list(Path(work, "collected").glob("block_*")))
+    return collected, len(json.loads(found.read_text())["blocks"]) if found.exists() else 0
+
+total = run(root + "/whole", "", 0, False)
+parts, stops = root + "/parts", []
+for n in (1, 3, 2) if propagate == "dense" else ():
+    assert not run(parts, "statistics.save_file", n, True)
+    stops.append(("statistics.save_file", *finished(parts)))
+for torn in (True, False):
+    for kind in rng.sample(sorted(total), len(total)):
+        if not run(parts, kind, rng.randrange(1, 2 + total[kind] // 8), torn):
+            stops.append((kind, *finished(parts)))
+sorted(Path(parts, "pruned", "checkpoint").glob("*.safetensors"))[-1].unlink()  # and a shard is lost
+for kind in ("Replica.begin", "os.fsync", "Replica.copy_rest", "Replica.write"):
+    assert not run(parts, kind, 1, True)
+assert run(parts, "", 0, False)
 print(json.dumps(stops))
 """
 
 
-def test_a_prune_killed_at_random_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    source = saved(tmp_path / "source", layers=12)
-    command = [sys.executable, "-c", KILLS, source.path, str(tmp_path)]
+@pytest.mark.parametrize(
+    ("propagate", "order", "gib"), [("pruned", "layer", "0"), ("pruned", "block", "1"), ("dense", "block", "0")]
+)
+def test_what_is_killed_at_random_ends_with_the_same_bytes(
+    propagate: str, order: str, gib: str, tmp_path: Path
+) -> None:
+    """Killed in the middle of writes, and at any moment between."""
+    source = saved(tmp_path / "source", layers=8)
+    command = [sys.executable, "-c", KILLS, source.path, str(tmp_path), propagate, order, gib]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    stops = json.loads(done.stdout)
-    assert len(stops) > 4 and len(set(stops) - {0, 12}) > 2, stops  # killed several times, in several blocks
-    assert stops == sorted(stops), "what was done was done again"
-    assert weights(tmp_path / "parts" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
+    kinds, stops = zip(*((kind, tuple(stop)) for kind, *stop in json.loads(done.stdout)), strict=True)
+    assert len(set(stops)) > 3 and len(set(kinds)) > 5, stops  # killed in several blocks, at several moments
+    assert list(stops) == sorted(stops), "what was done was done again"
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    for folder in ("collected", "pruned/checkpoint"):
+        assert weights(parts / folder) == weights(whole / folder)
+    names = [sorted(str(f.relative_to(root)) for f in root.rglob("*")) for root in (parts, whole)]
+    assert names[0] == names[1], "what a killed run left"
+    assert not [name for name in names[1] if "activations" in name or name.endswith("source.json")]
 
 
 def test_a_shard_that_is_lost_between_two_runs_is_made_again(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     source, work = saved(tmp_path / "source"), tmp_path / "work"
-    prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), work)
+    prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), work)
     whole = weights(work / "checkpoint")
     assert (work / "blocks.json").exists()  # until the result is written
     (work / "checkpoint" / sorted(whole)[2]).unlink()
-    prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), work)
+    prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), work)
     assert weights(work / "checkpoint") == whole
 
 
@@ -150,15 +226,16 @@ from ssgr.sparsity import Unstructured
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import prune
 from tests.conftest import TINY
-from tests.test_prune import calibration
-from ssgr.store import _peak_rss_mib, _reset_peak_rss
+from tests.test_prune import calibration, uniform
+from ssgr.store import peak_rss_mib, _reset_peak_rss
 torch.set_num_threads(1)
 model, tokenizer, rows = Model("random", sys.argv[1], device="cpu"), TINY.tokenizer(), calibration()
-prune(Model("random", sys.argv[3], device="cpu"), tokenizer, rows, Wanda(), Unstructured(0.5), Memory(1), Path(sys.argv[2] + "w"))
+method, warm = uniform(Wanda(), Unstructured(0.5)), Model("random", sys.argv[3], device="cpu")
+prune(warm, tokenizer, rows, method, Memory(1), Path(sys.argv[2] + "w"))
 start = psutil.Process().memory_info().rss / 2**20
 _reset_peak_rss()
-prune(model, tokenizer, rows, Wanda(), Unstructured(0.5), Memory(1), Path(sys.argv[2]))
-print(_peak_rss_mib() - start)
+prune(model, tokenizer, rows, method, Memory(1), Path(sys.argv[2]))
+print(peak_rss_mib() - start)
 """
     saved(tmp_path / "warm", layers=2)
     peaks = []
@@ -182,6 +259,160 @@ print(_peak_rss_mib() - start)
     assert peaks[1] < 160, peaks  # the whole model is 416 MiB
 
 
+@contextmanager
+def tmpfs(folder: Path, kib: int) -> Iterator[Callable[[int], None]]:
+    """A file system of so many KiB in memory; what is handed out makes it larger."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a file system of its own")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "ssgr-test", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this machine lets nobody mount a file system ({done.stderr.strip()})")
+    try:
+        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True) and None
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def unwarned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The plan finds room on every disk, as when others fill it after the work began."""
+    monkeypatch.setattr("ssgr.stages.plan.shutil.disk_usage", lambda path: type("Large", (), {"free": 2**50}))
+
+
+@pytest.mark.usefixtures("unwarned")
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_a_disk_that_fills_up_in_the_middle(
+    order: Literal["layer", "block"],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One sentence, nothing damaged, and the rest is made when there is room."""
+    source, solved = saved(tmp_path / "source", layers=16), []
+    block = Solver.block
+    monkeypatch.setattr(Solver, "block", lambda self, i, *rest: solved.append(i) or block(self, i, *rest))
+
+    def make(work: Path) -> None:
+        prune(source, tokenizer, calibration(), uniform(SparseGPT(), HALF), Memory(1), work, Passing("pruned", order))
+        finish(work)
+
+    make(tmp_path / "whole")
+    whole = weights(tmp_path / "whole" / "checkpoint")
+    with tmpfs(tmp_path / "disk", 350) as grow:
+        store = Store(tmp_path / "disk" / "store")
+        work = store.root / "prune" / "key.work"
+        for attempt in range(2):  # nor does another attempt help
+            solved.clear()
+            with pytest.raises(
+                ValueError, match=r"^the disk is full .*store\.path=DIR; the same command run again continues"
+            ):
+                store.run("prune", "key", make)
+            done = json.loads((work / "blocks.json").read_text())["blocks"]
+            assert 0 < len(done) < 15 and 0 not in solved[: -len(done)] * attempt
+        solved.clear()
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            make(work)
+        assert caught.value.errno == errno.ENOSPC
+        grow(8000)
+        solved.clear()
+        result = store.run("prune", "key", make)
+        assert weights(result.path / "checkpoint") == whole
+        assert set(solved) == set(range(len(done), 16)), "what was done was done again"
+        left = [
+            sorted(str(file.relative_to(root)) for file in root.rglob("*"))
+            for root in (result.path, tmp_path / "whole")
+        ]
+        assert set(left[0]) - set(left[1]) == {"manifest.json"}
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_statistics_on_a_disk_that_fills_up(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    source = saved(tmp_path / "source", layers=8)
+    (tmp_path / "whole").mkdir()
+    collect(source, tokenizer, calibration(), "gram", Memory(1), tmp_path / "whole")
+    with tmpfs(tmp_path / "disk", 200) as grow:
+        for _ in range(2):
+            with pytest.raises(OSError, match=r"No space left on device.*block\.new") as caught:
+                collect(source, tokenizer, calibration(), "gram", Memory(1), tmp_path / "disk")
+            assert caught.value.errno == errno.ENOSPC
+        done = weights(tmp_path / "disk")
+        assert 0 < len(done) < 8
+        grow(8000)
+        collect(source, tokenizer, calibration(), "gram", Memory(1), tmp_path / "disk")
+        assert weights(tmp_path / "disk") == weights(tmp_path / "whole")
+        assert weights(tmp_path / "disk").items() >= done.items()
+        names = [{file.name for file in folder.iterdir()} for folder in (tmp_path / "disk", tmp_path / "whole")]
+        assert names[0] == names[1]
+
+
+@pytest.mark.usefixtures("unwarned")
+def test_activations_on_a_full_disk_are_told_before_the_first_row(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """A write to a mapped page that has no room on the disk would end the process by a signal, without a word."""
+    source = saved(tmp_path / "source", layers=1)
+    given = (source, tokenizer, calibration(rows=60), uniform(Wanda(), HALF), Memory(0))
+    with tmpfs(tmp_path / "disk", 100) as grow:
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            prune(*given, tmp_path / "disk")
+        assert caught.value.errno == errno.ENOSPC and any("_room" in str(entry) for entry in caught.traceback)
+        assert not list((tmp_path / "disk").glob("activations*"))
+        grow(8000)
+        prune(*given, tmp_path / "disk")
+        prune(*given, tmp_path / "whole")
+        assert weights(tmp_path / "disk" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
+
+
+def test_a_prune_within_a_third_of_the_memory_of_the_model(tmp_path: Path) -> None:
+    """The process may not have more than 64 MiB beyond what its libraries take; the model has 197 MiB."""
+    code = """
+import resource, sys, threading
+from pathlib import Path
+import torch
+from ssgr.model import Model
+from ssgr.pruner.sparsegpt import SparseGPT
+from ssgr.pruner.wanda import Wanda
+from ssgr.sparsity import Unstructured
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import Passing, prune
+from tests.conftest import TINY
+from tests.test_prune import calibration, uniform
+
+torch.set_num_threads(1)
+source, warm, out, mib = sys.argv[1:]
+tokenizer, rows = TINY.tokenizer(), calibration()
+def run(path, out):
+    for pruner, order in ((Wanda(), "layer"), (SparseGPT(), "block")):
+        work = Path(out) / pruner.name
+        method, passing = uniform(pruner, Unstructured(0.5)), Passing("pruned", order)
+        prune(Model("random", path, device="cpu"), tokenizer, rows, method, Memory(0), work, passing)
+run(warm, out + "/warm")
+data = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmData:")) * 1024
+resource.setrlimit(resource.RLIMIT_DATA, (data + int(mib) * 2**20,) * 2)
+run(source, out)
+"""
+    saved(tmp_path / "warm", layers=2)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=512, intermediate_size=512, num_hidden_layers=28, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=128, initializer_range=0.3,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config)
+    size = sum(p.numel() for p in model.parameters()) * 4 / 2**20
+    assert size > 3 * 64
+    model.save_pretrained(tmp_path / "large", max_shard_size="60MB")
+    del model
+    own = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "2"}  # matrices are given back at once
+    command = [sys.executable, "-c", code, *(str(tmp_path / name) for name in ("large", "warm", "out")), "64"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=own)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for pruner in ("wanda", "sparsegpt"):
+        with safe_open(sorted((tmp_path / "out" / pruner / "checkpoint").glob("*.safetensors"))[0], "pt") as file:  # type: ignore[no-untyped-call]
+            (name, *_) = (name for name in file.keys() if name.endswith("up_proj.weight"))  # noqa: SIM118
+            assert float((file.get_tensor(name) == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
+
+
 def test_a_cut_shard_and_a_missing_one_are_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source = saved(tmp_path / "source")
     shard = sorted((tmp_path / "source").glob("*.safetensors"))[1]
@@ -189,10 +420,10 @@ def test_a_cut_shard_and_a_missing_one_are_named(tokenizer: PreTrainedTokenizerB
     for content, message in ((whole[:-10], "it is cut"), (whole[:5], "it is cut"), (b"x" * 200, "it is cut|damaged")):
         shard.write_bytes(content)
         with pytest.raises(ValueError, match=rf"{shard.name}: .*({message})"):
-            prune(source, tokenizer, None, Magnitude(), HALF, Memory(1), tmp_path / "work")
+            prune(source, tokenizer, None, uniform(Magnitude(), HALF), Memory(1), tmp_path / "work")
     shard.unlink()
     with pytest.raises(ValueError, match=rf"{shard.name}: this shard cannot be read"):
-        prune(source, tokenizer, None, Magnitude(), HALF, Memory(1), tmp_path / "work")
+        prune(source, tokenizer, None, uniform(Magnitude(), HALF), Memory(1), tmp_path / "work")
     assert not list((tmp_path / "work").rglob("*.safetensors"))
 
 
@@ -205,8 +436,7 @@ def test_what_is_not_finite_or_not_a_float_is_named(tokenizer: PreTrainedTokeniz
             Model("x", str(tmp_path / "inf"), device="cpu"),
             tokenizer,
             None,
-            Magnitude(),
-            HALF,
+            uniform(Magnitude(), HALF),
             Memory(1),
             tmp_path / "w",
         )
@@ -220,8 +450,7 @@ def test_what_is_not_finite_or_not_a_float_is_named(tokenizer: PreTrainedTokeniz
             Model("y", str(tmp_path / "inf"), device="cpu"),
             tokenizer,
             None,
-            Magnitude(),
-            HALF,
+            uniform(Magnitude(), HALF),
             Memory(1),
             tmp_path / "v",
         )
@@ -242,7 +471,7 @@ def test_a_prune_that_does_not_fit_is_refused_before_it_begins(
     source = saved(tmp_path / "source")
     monkeypatch.setattr(f"ssgr.stages.plan.{place}", lambda *path: type("Little", (), {field: 1000}))
     with pytest.raises(ValueError, match=rf"prune needs .* of {what}, and .* are free; .*type "):
-        prune(source, tokenizer, calibration(), Wanda(), HALF, Memory(1), tmp_path / "work")
+        prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work")
     assert not list((tmp_path / "work").iterdir())
 
 

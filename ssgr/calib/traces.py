@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ssgr.calib import Material, Needs
+from ssgr.difficulty import wrong_shares
 from ssgr.records import Funnel
-from ssgr.select import Candidates, Policy, as_row, eligible
+from ssgr.select import Candidates, Policy, as_rows, eligible
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class OwnTraces:
         """
         if not self.match:
             return eligible(material.graded, self.verdict, policy)
-        rows = tuple(as_row(g) for g in material.graded)
+        rows = tuple(as_rows(material.graded, wrong_shares(material.graded), policy.bins))
         funnel: Funnel = (("graded", len(rows)),)
         return Candidates(rows, funnel)
 

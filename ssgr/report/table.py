@@ -132,6 +132,8 @@ def _fields(result: dict[str, Any]) -> dict[str, str]:
         "scope": config["scope"]["name"],
         "balance": config["select"]["balance"],
         "pruner": prune["pruner"],
+        "allocation": prune.get("allocation", "uniform"),
+        "propagate": prune.get("propagate", "pruned"),
         "sparsity": f"{sparsity['n']}:{sparsity['m']}" if "n" in sparsity else f"{100 * sparsity['ratio']:g} %",
         "budget": f"{budget['tokens']}" if budget["tokens"] is not None else f"{budget['rows']} rows",
         "bench": config["bench"]["name"],
@@ -320,7 +322,18 @@ def rich_table(content: Rows, title: str | None = None) -> Table:
     """A table for the terminal."""
     out = Table(title=title, title_justify="left")
     for column in content[0]:
-        text = column in ("model", "calib", "pruner", "difficulty", "length", "scope", "bench", "balance")
+        text = column in (
+            "model",
+            "calib",
+            "pruner",
+            "difficulty",
+            "length",
+            "scope",
+            "bench",
+            "balance",
+            "allocation",
+            "propagate",
+        )
         out.add_column(column, justify="left" if text else "right", no_wrap=True)
     for row in content:
         out.add_row(*(Text(value) for value in row.values()))

@@ -6,9 +6,12 @@ Shapes: N rows of a batch, T tokens (padded on the right), D hidden size.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,95 +19,189 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssgr.records import CalibrationSet
+from ssgr.records import CalibrationSet, Row
+from ssgr.scope import Scope, streams
+from ssgr.stages.collect import Stream
 
+ALL, HELD_OUT = "all", "held out: "  # the stream of what is mixed already; before the streams of held-out rows
 _BATCH_TOKENS = 4096  # padded tokens of one forward pass
+Spans = list[tuple[str, int, int, float]]  # stream, first and last token, factor of the tokens' weights
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A row that passes through the model: its ids, and by what its tokens count."""
+
+    ids: tuple[int, ...]
+    weights: tuple[float, ...]
+    spans: Spans
+
+    @property
+    def held_out(self) -> bool:
+        """Whether it is only measured on."""
+        return self.spans[0][0].startswith(HELD_OUT)
 
 
 @dataclass
 class Batch:
-    """Rows of like length: what enters the next block, the tokens' weights, and what else each block is given."""
+    """Rows of like length: what enters the next block, its streams of tokens, and what else each block is given."""
 
-    hidden_NTD: Tensor  # on the host
-    weights_NT: Tensor
+    hidden_NTD: Tensor  # on the host; some models have several such states, one below the other
+    streams: dict[str, Stream]
     given: list[dict[str, Any]]  # masks, positions
 
-    def through(self, block: nn.Module, i: int, name: str, device: torch.device) -> Tensor:
-        """The output of block `i` for these rows.
-
-        Raises:
-            ValueError: it is not finite.
-        """
-        out = block(self.hidden_NTD.to(device), **_moved(self.given[i], device))
-        hidden: Tensor = out[0] if isinstance(out, tuple) else out
-        if not torch.isfinite(hidden).all():
-            raise ValueError(
-                f"{name}: its output holds NaN or infinity on the calibration rows; use model.dtype=float32"
-            )
+    def through(self, block: nn.Module, i: int, device: torch.device) -> Tensor:
+        """The output of block `i` for these rows."""
+        out = block(self.hidden_NTD.to(device, non_blocking=True), **_moved(self.given[i], device))
+        hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return hidden
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the rows with their padding."""
+        return self.hidden_NTD.shape[-3] * self.hidden_NTD.shape[-2]
 
-def groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices of sorted rows in batches of at most _BATCH_TOKENS padded tokens."""
-    out: list[list[int]] = [[]]
-    for i, length in enumerate(lengths):
-        if out[-1] and (len(out[-1]) + 1) * length > _BATCH_TOKENS:
+
+def passages(calibration: CalibrationSet, scope: Scope | None) -> list[Passage]:
+    """The rows in order of length, the held-out ones last; with a `scope`, all of a row is one stream and ends with its
+    last token that counts (causal attention never looks further), else its streams are kept apart.
+
+    Raises:
+        ValueError: a row has fewer than two tokens, or no token has any weight.
+    """
+    every = [(row, w, "") for row, w in zip(calibration.rows, calibration.weights, strict=True)]
+    every += [(row, (1.0,) * len(row), HELD_OUT) for row in calibration.held_out]
+    out = []
+    for row, weights, held_out in every:
+        if len(row) < 2:
+            raise ValueError(
+                f"calib={calibration.source}: row {row.id} has {len(row)} token(s), and a row needs two at least; give "
+                "longer text, or drop it"
+            )
+        spans = _spans(row, weights, calibration.parts, scope, held_out)
+        if stop := max((stop for _, _, stop, _ in spans), default=0):
+            out.append(Passage(row.ids[:stop], weights[:stop], spans))
+    if not any(not name.startswith(HELD_OUT) for passage in out for name, *_ in passage.spans):
+        raise ValueError(f"calib={calibration.source}: every token weighs zero in this scope; type scope=both")
+    return sorted(out, key=lambda passage: (passage.held_out, len(passage.ids)))
+
+
+def _spans(row: Row, weights: Sequence[float], parts: bool, scope: Scope | None, before: str) -> Spans:
+    spans = []
+    for name, first, stop in streams(row, parts):
+        factor = 1.0 if scope is None else scope.weight(name)
+        while scope is not None and stop > first and not factor * weights[stop - 1]:
+            stop -= 1
+        if stop > first and any(weights[first:stop]):
+            spans.append((before + (ALL if scope else name), first, stop, factor))
+    return spans
+
+
+def groups(rows: Sequence[Passage]) -> list[list[int]]:
+    """Indices of the rows of `passages` in batches of at most _BATCH_TOKENS padded tokens.
+
+    Held-out rows have batches of their own: without them the others are the same, and so is every rounding.
+    """
+    out: list[list[int]] = []
+    for i, row in enumerate(rows):
+        fits = bool(out) and (len(out[-1]) + 1) * len(row.ids) <= _BATCH_TOKENS
+        if not fits or row.held_out != rows[i - 1].held_out:
             out.append([])
         out[-1].append(i)
     return out
 
 
-def padded_tokens(calibration: CalibrationSet) -> int:
+def padded_tokens(rows: Sequence[Passage]) -> int:
     """Tokens of all batches with their padding."""
-    lengths = sorted(map(len, calibration.rows))
-    return sum(len(group) * lengths[group[-1]] for group in groups(lengths))
+    return sum(len(group) * len(rows[group[-1]].ids) for group in groups(rows))
 
 
 def first_inputs(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
-    calibration: CalibrationSet,
+    rows: Sequence[Passage],
     pad: int,
     device: torch.device,
     file: Path | None,
+    mine: Callable[[int], bool] = lambda i: True,
 ) -> list[Batch]:
     """What reaches the blocks, batch by batch: causal attention keeps padding on the right from real tokens.
 
     The first block and what comes before it must have weights; the others need none. The hidden states lie in `file`,
-    mapped into memory, or in memory where it is None.
-
-    Raises:
-        ValueError: no token has any weight.
+    mapped into memory, or in memory where it is None. Only batches whose number is `mine` are made.
     """
-    if not any(w > 0 for weights in calibration.weights for w in weights):
-        raise ValueError(f"calib={calibration.source}: every token weighs zero in this scope; type scope=both")
-    pairs = sorted(zip(calibration.rows, calibration.weights, strict=True), key=lambda pair: len(pair[0]))
-    tokens, room = padded_tokens(calibration), torch.empty(0)
+    members = [group for i, group in enumerate(groups(rows)) if mine(i)]
+    tokens, room = sum(len(group) * len(rows[group[-1]].ids) for group in members), torch.empty(0)
     batches: list[Batch] = []
+    longest: list[dict[str, Any]] = []  # what the longest batch is given
     with _passing_through(blocks) as heard:
-        for group in groups([len(row) for row, _ in pairs]):
-            width = len(pairs[group[-1]][0])
-            ids_NT = torch.tensor([[*pairs[i][0].ids, *[pad] * (width - len(pairs[i][0]))] for i in group])
-            weights_NT = torch.tensor([[*pairs[i][1], *[0.0] * (width - len(pairs[i][1]))] for i in group])
+        for group in reversed(members):
+            width = len(rows[group[-1]].ids)
+            ids_NT = torch.tensor([[*rows[i].ids, *[pad] * (width - len(rows[i].ids))] for i in group])
             heard.clear()
             with suppress(_Reached):
                 model(input_ids=ids_NT.to(device), use_cache=False)
             hidden_NTD = heard[0][0]
             if not batches:
-                room = _room(tokens * hidden_NTD.shape[-1], hidden_NTD.dtype, file)
-            mine, room = room[: hidden_NTD.numel()], room[hidden_NTD.numel() :]
-            mine.copy_(hidden_NTD.flatten())
-            seen: dict[int, Any] = {}
-            given = [{k: _moved(v, torch.device("cpu"), seen) for k, v in kwargs.items()} for _, kwargs in heard]
-            batches.append(Batch(mine.view_as(hidden_NTD), weights_NT, given))
-    return batches
+                each = hidden_NTD.numel() // ids_NT.numel()
+                room = _room(tokens * each, hidden_NTD.dtype, file, device)
+            room, own = room[: -hidden_NTD.numel()], room[-hidden_NTD.numel() :]
+            own.copy_(hidden_NTD.flatten())
+            moved: dict[int, Any] = {}
+            parts: dict[int, Any] = {}
+            given = [_moved(kwargs, torch.device("cpu"), moved) for _, kwargs in heard]
+            longest = longest or given
+            given = [_part(value, whole, parts) for value, whole in zip(given, longest, strict=True)]
+            batches.append(Batch(own.view_as(hidden_NTD), _streams([rows[i] for i in group], width, device), given))
+    return batches[::-1]
 
 
-def _room(numbers: int, dtype: torch.dtype, file: Path | None) -> Tensor:
+def _streams(rows: Sequence[Passage], width: int, device: torch.device) -> dict[str, Stream]:
+    """The streams of a batch; tokens without weight, padding among them, are in none."""
+    which: dict[str, list[int]] = defaultdict(list)
+    weights: dict[str, list[float]] = defaultdict(list)
+    for n, row in enumerate(rows):
+        for name, first, stop, factor in row.spans:
+            counting = [t for t in range(first, stop) if row.weights[t] * factor > 0]
+            which[name] += [n * width + t for t in counting]
+            weights[name] += [row.weights[t] * factor for t in counting]
+    return {
+        name: Stream(
+            None if len(which[name]) == len(rows) * width else torch.tensor(which[name], device=device),
+            None if set(weights[name]) == {1.0} else torch.tensor(weights[name], device=device),
+        )
+        for name in which
+    }
+
+
+def _room(numbers: int, dtype: torch.dtype, file: Path | None, device: torch.device) -> Tensor:
     if file is None:
-        return torch.empty(numbers, dtype=dtype)
+        return torch.empty(numbers, dtype=dtype, pin_memory=device.type == "cuda")
     file.unlink(missing_ok=True)
+    with open(file, "wb") as stream:
+        if hasattr(os, "posix_fallocate"):  # a disk that is full says so here; a write to a mapped page would kill
+            os.posix_fallocate(stream.fileno(), 0, numbers * dtype.itemsize)
     return torch.from_file(str(file), shared=True, size=numbers, dtype=dtype)
+
+
+def file_of(work: Path, rank: int) -> Path:
+    """Where the activations of a rank lie."""
+    return work / f"activations.{rank}.bin"
+
+
+@contextmanager
+def removed(work: Path) -> Iterator[None]:
+    """Leave no activations in `work`, nor those of a killed run before."""
+    try:
+        _remove(work)
+        yield
+    finally:
+        _remove(work)
+
+
+def _remove(work: Path) -> None:
+    for file in work.glob("activations.*.bin"):
+        file.unlink(missing_ok=True)
 
 
 def _moved(value: Any, device: torch.device, seen: dict[int, Any] | None = None) -> Any:
@@ -119,8 +216,30 @@ def _moved(value: Any, device: torch.device, seen: dict[int, Any] | None = None)
     return value
 
 
+def _part(value: Any, whole: Any, seen: dict[int, Any]) -> Any:
+    """`value` with its tensors as views of those in `whole` where they are the first part of them: masks and positions of
+    shorter rows take no memory of their own.
+    """
+    if isinstance(value, dict) and isinstance(whole, dict):
+        return {k: _part(v, whole.get(k), seen) for k, v in value.items()}
+    if isinstance(value, (tuple, list)) and isinstance(whole, (tuple, list)) and len(value) == len(whole):
+        return type(value)(_part(v, w, seen) for v, w in zip(value, whole, strict=True))
+    if not (isinstance(value, Tensor) and isinstance(whole, Tensor) and value.ndim == whole.ndim and value.ndim > 0):
+        return value
+    if id(value) not in seen:
+        view = whole[tuple(slice(n) for n in value.shape)]
+        if view.shape[1:] == value.shape[1:] and view.shape[0] < value.shape[0]:  # more rows, and each the same for all
+            view = view[:1].expand(value.shape)
+        seen[id(value)] = view if view.dtype == value.dtype and torch.equal(view, value) else value
+    return seen[id(value)]
+
+
 class _Reached(Exception):
     """The last block was reached: what follows has no weights."""
+
+
+class _Beside:
+    """What a block returns beside the hidden states, while blocks only hand those on."""
 
 
 @contextmanager
@@ -128,25 +247,45 @@ def _passing_through(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[
     """Let every block hand on its input at once, and hear what each is given: blocks may attend in different ways."""
     heard: list[tuple[Tensor, dict[str, Any]]] = []
     own = [block.forward for block in blocks]
-    signature = inspect.signature(own[0])
-    hidden_name, *_ = signature.parameters
-    in_tuple: list[bool] = []  # whether a block's output is the first of a tuple, once known
+    form: list[Callable[[Tensor], Any]] = []  # of what a block returns, once known
 
-    def hear(*args: Any, **kwargs: Any) -> Any:
-        if not in_tuple:
-            in_tuple.append(isinstance(own[0](*args, **kwargs), tuple))
-        given = signature.bind(*args, **kwargs).arguments
-        given |= given.pop("kwargs", {})
-        hidden = given.pop(hidden_name)
+    def hear(i: int, *args: Any, **kwargs: Any) -> Any:
+        if not form:
+            form.append(_form(own[0](*args, **kwargs)))
+        hidden, given = _arguments(own[i], args, kwargs)
+        if beside := [name for name, value in given.items() if isinstance(value, _Beside)]:
+            raise ValueError(
+                f"{type(blocks[i]).__name__}: {beside[0]} comes from the block before, and blocks that are pruned one by one "
+                "hand on hidden states only; this model cannot be pruned"
+            )
         heard.append((hidden, given))
         if len(heard) == len(own):
             raise _Reached
-        return (hidden,) if in_tuple[0] else hidden
+        return form[0](hidden)
 
     try:
-        for block in blocks:
-            block.forward = hear
+        for i, block in enumerate(blocks):
+            block.forward = partial(hear, i)
         yield heard
     finally:
         for block, forward in zip(blocks, own, strict=True):
             block.forward = forward
+
+
+def _form(out: Any) -> Callable[[Tensor], Any]:
+    """What makes of hidden states an output like `out`."""
+    if not isinstance(out, (tuple, list)):
+        return lambda hidden: hidden
+    beside = [None if value is None else _Beside() for value in out[1:]]
+    return lambda hidden: type(out)([hidden, *beside])
+
+
+def _arguments(forward: Callable[..., Any], args: Any, kwargs: Any) -> tuple[Tensor, dict[str, Any]]:
+    """The hidden states that `forward` would be given, and everything else by name."""
+    signature = inspect.signature(forward)
+    given = signature.bind(*args, **kwargs).arguments
+    first, *others = signature.parameters.values()
+    for parameter in others:
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given |= given.pop(parameter.name, {})
+    return given.pop(first.name), given

@@ -4,79 +4,127 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from ssgr.model.blocks import linear_layers, outside
-from ssgr.model.checkpoint import Checkpoint
-from ssgr.pruner import Pruner
-from ssgr.records import CalibrationSet
-from ssgr.stages.activations import padded_tokens
+from ssgr.model.blocks import Matrix, outside
+from ssgr.pruner import Statistic
+from ssgr.stages.activations import Passage, padded_tokens
+from ssgr.stages.walk import Walk
 
-_GIB, _FLOAT = 2**30, 4  # bytes
+_GIB, _FLOAT, _DOUBLE = 2**30, 4, 8  # bytes
 _log = logging.getLogger("ssgr")
 
 
 @dataclass(frozen=True)
 class Memory:
-    """How much may be kept in memory; it changes no result."""
+    """How much may be kept in memory, and by how many processes the work is shared; neither changes a result.
+
+    Raises:
+        ValueError: there are no ranks, or less than no memory.
+    """
 
     activations_gib: float  # more than this of activations lies in a file that is mapped into memory
+    ranks: int | str = 1  # processes; auto is one a GPU
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.activations_gib, (int, float)) or not self.activations_gib >= 0:  # nor NaN
+            raise ValueError(
+                f"memory.activations_gib={self.activations_gib}: give a number of GiB from 0 up, such as 8; 0 keeps all "
+                "activations in a file"
+            )
+        if self.ranks != "auto" and (not isinstance(self.ranks, int) or self.ranks < 1):
+            raise ValueError(
+                f"memory.ranks={self.ranks}: give a whole number of processes from 1 up, or auto for one a GPU"
+            )
+
+    def processes(self, device: torch.device) -> int:
+        """How many processes share the work on `device`.
+
+        Raises:
+            ValueError: there are fewer GPUs.
+        """
+        gpus = torch.cuda.device_count() if device.type == "cuda" and device.index is None else 1
+        if self.ranks == "auto":
+            return gpus
+        ranks = int(self.ranks)
+        if device.type == "cuda" and ranks > gpus:
+            raise ValueError(
+                f"memory.ranks={ranks}: {device} stands for {gpus} GPU(s); type memory.ranks=auto device=cuda"
+            )
+        return ranks
 
 
 def plan(
-    model: PreTrainedModel, blocks: nn.ModuleList, pruner: Pruner, calibration: CalibrationSet | None,
-    source: Checkpoint, like: Tensor, memory: Memory, folder: Path,
+    walk: Walk, layers: Sequence[dict[str, Matrix]], statistic: Statistic, rows: Sequence[Passage],
+    memory: Memory, folder: Path, disk: int, solves: bool, pauses: bool = False,
 ) -> bool:  # fmt: skip
-    """Say what pruning into `folder` will need; whether the activations must lie in a file.
+    """Say what passing `rows` through the model needs, and `disk` bytes in `folder`; whether activations need a file.
+
+    Where the rows pause inside a block, all of them are there in its middle at once: about three times their hidden states
+    and the widest input of a matrix.
 
     Raises:
         ValueError: the disk, the host or the device has less.
     """
-    layers = linear_layers(blocks[0], pruner.exclude).values()
-    block = max(sum(p.numel() for p in b.parameters()) for b in blocks) * like.element_size()
-    before = sum(p.numel() for p in outside(model, blocks).values()) * like.element_size()
-    statistics = sum(_statistic_bytes(pruner, layer) for layer in layers)
-    solve = max(
-        3 * _FLOAT * layer.out_features * layer.in_features + 4 * _statistic_bytes(pruner, layer) for layer in layers
-    )
-    hidden = getattr(model.config.get_text_config(), "hidden_size", 0) * like.element_size()
-    activations = 0 if calibration is None else padded_tokens(calibration) * hidden
+    streams = len({name for row in rows for name, *_ in row.spans})
+    size = torch.empty(0, dtype=walk.dtype).element_size()
+    block = max(sum(p.numel() for p in b.parameters()) for b in walk.blocks) * size
+    before = sum(p.numel() for p in outside(walk.model, walk.blocks).values()) * size
+    kept = streams * max(sum(_DOUBLE * _numbers(statistic, m) for m in inputs(own)) for own in layers)
+    every = [m for own in layers for m in own.values()]
+    work = max(3 * _FLOAT * m.shape[0] * m.shape[1] + 4 * _FLOAT * _numbers(statistic, m) for m in every)
+    hidden = getattr(walk.model.config.get_text_config(), "hidden_size", 0) * size
+    tokens = padded_tokens(rows) // walk.ranks.count
+    activations = tokens * hidden
+    inside = tokens * (3 * hidden + size * max(m.shape[1] for m in every)) if pauses else 0
     mapped = activations > memory.activations_gib * _GIB
-    device = max(block + statistics + solve, block + before if calibration else 0)
-    host = (0 if mapped else activations) + (device if like.device.type == "cpu" else block)
-    disk = source.size - _written(folder) + (activations if mapped else 0)
+    device = max(block + kept + inside + (work if solves else 0), block + before if rows else 0)
+    host = (0 if mapped else activations) + (device + block if walk.device.type == "cpu" else 2 * block)
+    disk += activations if mapped else 0
+    verb = "prune" if solves else "collect"
     _log.info(
-        "prune: %s on %s for one block (weights %s, statistics %s, solve %s), %s of activations %s, %s of disk",
-        _size(device), like.device, _size(block), _size(statistics), _size(solve), _size(activations),
-        "in a file" if mapped else "in memory", _size(disk),
+        "%s: %s on %s for one block (weights %s, statistics %s, rows inside %s, work %s), %s of activations %s, %s of disk",
+        verb, _size(device), walk.device, _size(block), _size(kept), _size(inside),
+        _size(work if solves else 0), _size(activations), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
-    needs = {"memory": (host, psutil.virtual_memory().available), "disk": (disk, shutil.disk_usage(folder.parent).free)}
-    if like.device.type == "cuda":
-        needs[str(like.device)] = (device, torch.cuda.mem_get_info(like.device)[0])
+    needs = {
+        "memory": (host * walk.ranks.count, psutil.virtual_memory().available),
+        "disk": (disk, shutil.disk_usage(folder).free),
+    }
+    if walk.device.type == "cuda":
+        needs[str(walk.device)] = (device, torch.cuda.mem_get_info(walk.device)[0])
+    whole = "order=block, " if pauses else ""
     for what, (needed, free) in needs.items():
         if needed > free:
             raise ValueError(
-                f"prune needs {_size(needed)} of {what}, and {_size(free)} are free; "
-                + {"disk": "free some, or type store.path=DIR elsewhere", "memory": "type memory.activations_gib=0, or a "
-                   "smaller budget.tokens"}.get(what, "type model.dtype=bfloat16 or device=cpu")
+                f"{verb} needs {_size(needed)} of {what}, and {_size(free)} are free; "
+                + {"disk": "free some, or type store.path=DIR elsewhere", "memory": f"type {whole}memory.activations_gib=0, "
+                   "or a smaller budget.tokens"}.get(what, f"type {whole}model.dtype=bfloat16 or device=cpu")
             )  # fmt: skip
     return mapped
+
+
+def inputs(layers: dict[str, Matrix]) -> list[Matrix]:
+    """One matrix of each set that is likely to have the same inputs: neighbours in one module, of the same width."""
+    out: list[Matrix] = []
+    last = None
+    for name, matrix in layers.items():
+        module = name.rpartition(".")[0]
+        if last != (module, matrix.shape[1]):
+            out.append(matrix)
+        last = (module, matrix.shape[1])
+    return out
 
 
 def _size(n: float) -> str:
     return f"{n / _GIB:.1f} GiB" if n >= 0.1 * _GIB else f"{n / 2**20:.1f} MiB"
 
 
-def _statistic_bytes(pruner: Pruner, layer: nn.Linear) -> int:
-    return _FLOAT * {"none": 0, "norm": layer.in_features, "gram": layer.in_features**2}[pruner.statistic]
-
-
-def _written(folder: Path) -> int:
-    """Bytes that a killed prune already has on the disk."""
-    return sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors"))
+def _numbers(statistic: Statistic, matrix: Matrix) -> int:
+    inputs = matrix.shape[1]
+    return {"none": 0, "norm": 2 * inputs, "gram": inputs**2}[statistic]

@@ -9,12 +9,18 @@ from tqdm import tqdm
 
 
 class Progress:
-    """Counts units of `total`; `tell` adds words such as tokens a second."""
+    """Counts units of `total`; `tell` adds words such as tokens a second; nothing is seen where it is not `shown`."""
 
-    def __init__(self, what: str, total: int, done: int = 0) -> None:
+    def __init__(self, what: str, total: int, done: int = 0, shown: bool = True) -> None:
         quiet = 0.1 if sys.stderr.isatty() else 10.0  # seconds between lines
         self.bar = tqdm(
-            desc=f"{what:<22}", total=total, initial=done, mininterval=quiet, dynamic_ncols=True, file=sys.stderr
+            desc=f"{what:<22}",
+            total=total,
+            initial=done,
+            mininterval=quiet,
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not shown,
         )
 
     def __enter__(self) -> Progress:

@@ -7,205 +7,237 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.model import Model
-from ssgr.model.blocks import decoder_blocks, empty, fill, linear_layers, outside, put, stored_names
-from ssgr.model.checkpoint import DTYPES, Checkpoint, Replica
-from ssgr.pruner import Pruner
+from ssgr.model.blocks import Matrix, NothingLeft, decoder_blocks, embeddings, matrices, names
+from ssgr.model.checkpoint import Checkpoint
+from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
-from ssgr.stages.activations import Batch, first_inputs
-from ssgr.stages.collect import Collector, relative_error
+from ssgr.stages import activations, allocate, journal, ranks
+from ssgr.stages.activations import Batch, passages
+from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, plan
 from ssgr.stages.progress import Progress
+from ssgr.stages.ranks import Ranks
+from ssgr.stages.solve import Method, Solver
+from ssgr.stages.statistics import Heard, Statistics
+from ssgr.stages.steps import Owners, steps
+from ssgr.stages.walk import Behind, Walk
+from ssgr.store import peak_rss_mib
 
-VERSION = 2
+VERSION = 3
 CHECKPOINT, RESULT = "checkpoint", "prune.json"
-_DONE, _ACTIVATIONS = "blocks.json", "activations.bin"  # of a prune that is under way
 _log = logging.getLogger("ssgr")
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Passing:
+    """How the rows pass through the model.
+
+    With propagate="pruned" a block sees them as the pruned blocks before it leave them, with "dense" as the dense model has
+    them. With order="block" all matrices of a block are pruned by what enters them while the block is dense, as published;
+    with "layer" each is pruned before it runs, so that the rows pass through a block once, and a matrix sees what the pruned
+    ones before it in its block put out (experts are pruned as with "block").
+
+    Raises:
+        ValueError: one of them is neither.
+    """
+
+    propagate: Literal["pruned", "dense"] = "pruned"
+    order: Literal["layer", "block"] = "layer"
+
+    def __post_init__(self) -> None:
+        for option, valid in (("propagate", ("pruned", "dense")), ("order", ("layer", "block"))):
+            if getattr(self, option) not in valid:
+                raise ValueError(f"{option}={getattr(self, option)!r}: valid choices are {', '.join(valid)}")
+
+
 def prune(
     model: Model,
     tokenizer: PreTrainedTokenizerBase,
     calibration: CalibrationSet | None,
-    pruner: Pruner,
-    sparsity: Sparsity,
+    method: Method,
     memory: Memory,
     work: Path,
+    passing: Passing = Passing(),
+    statistics: Path | None = None,
 ) -> PruneResult:
-    """Prune every linear layer of the decoder blocks into `work`/checkpoint, in Hugging Face form.
+    """Prune the matrices of the decoder blocks into `work`/checkpoint, in Hugging Face form.
 
-    A prune that was killed continues at its first unfinished block, and ends with the same bytes.
+    `statistics` is the folder of a finished `collect`: what dense propagation and allocations read. A prune that was killed
+    continues at its first unfinished block, and ends with the same bytes.
 
     Raises:
-        ValueError: the model cannot be pruned this way or does not fit, all tokens weigh zero, or weights or activations
-            are not finite.
+        ValueError: the model cannot be pruned this way or does not fit, the calibration cannot be used, weights or
+            activations are not finite, or the source changed since a killed prune began.
     """
-    skeleton = model.skeleton()
-    check(skeleton, pruner, sparsity)
     work.mkdir(parents=True, exist_ok=True)
-    source = Checkpoint(model.files())
-    name, blocks = decoder_blocks(skeleton)
-    stored = [stored_names(skeleton, f"{name}.{i}", source) for i in range(len(blocks))]
-    like = torch.empty(0, device=model.torch_device(), dtype=_dtype(model, source, stored[0]))
-    mapped = plan(skeleton, blocks, pruner, calibration, source, like, memory, work / CHECKPOINT)
-    file = work / _ACTIVATIONS if mapped else None
-    replica = Replica(source, work / CHECKPOINT)
-    replica.copy_rest()
-    done = [] if replica.fresh else _done(work)
-    kept = Checkpoint(replica.folder)
-    batches: list[Batch] = []
-    if calibration is not None and len(done) < len(blocks):
-        batches = _begin(skeleton, blocks, stored[0], source, calibration, tokenizer, like, file)
-    with Progress(f"prune {pruner.name}", len(blocks), len(done)) as progress:
-        for i, (block, names) in enumerate(zip(blocks, stored, strict=True)):
-            again = i < len(done)
-            if again and not batches:
+    device = model.torch_device()
+    count = memory.processes(device)
+    given = (model, tokenizer, calibration, method, memory, work, passing, statistics)
+    with activations.removed(work):
+        ranks.run(count, work, device.type, _prune, *given)
+    return read(work / RESULT)
+
+
+@torch.no_grad()
+def _prune(
+    own: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet | None, method: Method,
+    memory: Memory, work: Path, passing: Passing, statistics: Path | None,
+) -> None:  # fmt: skip
+    walk, pruner = Walk(model, own), method.pruner
+    check(walk.model, pruner, method.sparsity)
+    layers = [_chosen(block, pruner) for block in walk.blocks]
+    stored = Statistics(statistics) if statistics else None
+    listens = calibration is not None and passing.propagate == "pruned" and pruner.statistic != "none"
+    rows = passages(calibration, method.scope) if listens and calibration else []
+    disk = walk.source.size - journal.written(work / CHECKPOINT)
+    if pruner.statistic != "none" and not rows and not stored:
+        raise ValueError(f"pruner={pruner.name} needs calibration rows, or what collect has stored of the dense model")
+    pauses = bool(rows) and passing.order == "layer"
+    mapped = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, True, pauses)
+    kept = journal.Journal(walk, work, work / CHECKPOINT)
+    done = len(kept.done)
+    allocated = (method.allocation, walk, layers, stored, pruner, method.sparsity, method.scope)
+    solver = Solver(method, kept.ratios(lambda: allocate.ratios(*allocated)), walk)
+    file = activations.file_of(work, own.rank)
+    batches = walk.begin(rows, tokenizer, file if mapped else None) if rows and done < len(walk) else []
+    ears = _Ears(walk, layers, batches, pruner.statistic, passing.order, None if rows else stored)
+    source: Callable[[int], Checkpoint | None] = lambda i: kept.kept if i < done else None
+    with Progress(f"prune {pruner.name}", len(walk), done, shown=own.rank == 0) as progress, Behind() as behind:
+        for i, block in walk.filled(range(0 if rows and done < len(walk) else done, len(walk)), source):
+            if i < done:  # the rows only pass through what a killed run left
+                walk.advance(i, batches)
                 continue
-            fill(block, names, kept if again else source, like)
-            if again:  # the rows pass through what a killed run left
-                _advance(block, i, f"{name}.{i}", batches, like.device)
-            else:
-                done.append(_prune_block(block, i, f"{name}.{i}", batches, pruner, sparsity, source, names))
-                pruned = linear_layers(block, pruner.exclude)
-                weights = {names[f"{n}.weight"]: layer.weight for n, layer in pruned.items()}
-                replica.write(weights)
-                replica.copy(set(names.values()) - set(weights))
-                _keep(work, done)
-                progress.step()
-                del pruned, weights  # the memory of this block goes before the next comes
-            empty(block)
-    replica.copy(set(source.places) - {place for names in stored for place in names.values()})
-    (work / _ACTIVATIONS).unlink(missing_ok=True)
-    layers = [layer for block_layers in done for layer in block_layers]
-    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    realised = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True)) / sum(sizes)
-    return PruneResult(pruner.name, sparsity.target, realised, tuple(layers), CHECKPOINT)
+            found: dict[str, LayerResult] = {}
+            for some, heard in ears.steps(i):
+                found |= solver.block(i, some, heard)
+            with walk.timed("store"):
+                behind.do(kept.keeping(i, block, layers[i], [found[name] for name in layers[i]]))
+            ears.pass_on(i)
+            progress.step()
+    kept.finish()
+    if own.rank == 0:
+        journal.write(work / RESULT, to_json(_result(walk, method, passing.propagate, kept)))
+
+
+class _Ears:
+    """What is heard of the matrices of a block before they are pruned."""
+
+    def __init__(
+        self, walk: Walk, layers: Sequence[dict[str, Matrix]], batches: Sequence[Batch], statistic: Statistic,
+        order: str, stored: Statistics | None,
+    ) -> None:  # fmt: skip
+        self.walk, self.layers, self.batches, self.statistic, self.stored = walk, layers, batches, statistic, stored
+        self.order, self.listens, self.owners = order, stored is None and statistic != "none", Owners(walk)
+
+    def steps(self, i: int) -> Iterable[tuple[dict[str, Matrix], Heard]]:
+        """The matrices of block `i` in the sets in which they are pruned, each with what enters it."""
+        layers = self.layers[i]
+        if not self.listens or not layers:
+            return [(layers, self._looked_up(i))]
+        if self._at_once(i):
+            owner = self.owners.of(i, layers, self.batches)
+            return steps(self.walk, i, layers, self.batches, self.statistic, owner)
+        return [(layers, self._listened(i))]
+
+    def pass_on(self, i: int) -> None:
+        """Bring the rows to the block after `i`, if that was not done on the way and anything is left to hear."""
+        if self.listens and i + 1 < len(self.walk) and not (self.layers[i] and self._at_once(i)):
+            self.walk.advance(i, self.batches)
+
+    def _at_once(self, i: int) -> bool:
+        return self.order == "layer" and all(matrix.expert is None for matrix in self.layers[i].values())
+
+    def _looked_up(self, i: int) -> Heard:
+        if self.statistic == "none" or not self.layers[i]:
+            return {}, {}
+        assert self.stored is not None
+        with self.walk.timed("load"):
+            return self.stored.block(i, self.walk.device, self.statistic == "gram")
+
+    def _listened(self, i: int) -> Heard:
+        collector = Collector(self.statistic, self.layers[i])
+        with collector.listening():
+            self.walk.listen(i, self.batches, collector)
+        self.walk.ranks.add_up(collector, self.walk.device)
+        return collector.owner, {key: sums.tensors() for key, sums in collector.sums.items()}
+
+
+def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
+    """What `pruner` prunes of a block, which may be nothing."""
+    try:
+        return matrices(block, pruner.include, pruner.exclude)
+    except NothingLeft:
+        return {}
 
 
 def finish(work: Path) -> None:
     """Remove the journal, once the result has been written."""
-    (work / _DONE).unlink(missing_ok=True)
+    journal.clear(work)
+
+
+def read(file: Path) -> PruneResult:
+    """The result that was written into `file`."""
+    found = json.loads(file.read_text())
+    return PruneResult(**{**found, "layers": tuple(journal.layer(layer) for layer in found["layers"])})
 
 
 def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
     """See that `model` (with or without weights) can be pruned this way.
 
     Raises:
-        ValueError: its blocks or linear layers are not found, or n:m does not divide a layer's inputs.
+        ValueError: its blocks or matrices are not found, a pattern matches none, or n:m does not divide a layer's inputs.
     """
-    block, blocks = decoder_blocks(model)
-    for pattern in pruner.exclude:
-        if len(linear_layers(blocks[0], (pattern,))) == len(linear_layers(blocks[0], ())):
-            raise ValueError(
-                f"pruner.exclude: {pattern!r} matches no layer; layers are {', '.join(linear_layers(blocks[0], ()))}"
-            )
+    prefix, blocks = decoder_blocks(model)
+    for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
+        for pattern in patterns:
+            if not any(names(block, pattern) for block in blocks):
+                every = sorted({name for block in blocks for name in names(block, "*")})
+                raise ValueError(f"pruner.{option}: {pattern!r} matches no layer; layers are {', '.join(every)}")
     compare = getattr(type(pruner), "compare", None)
     if sparsity.group and compare and getattr(pruner, "compare", compare) != compare:
         _log.warning("pruner.compare has no effect on n:m, which compares within each group of %d", sparsity.group)
-    for i, layers in enumerate(linear_layers(b, pruner.exclude) for b in blocks):
-        for name, layer in layers.items():
-            if sparsity.group and layer.in_features % sparsity.group:
+    chosen = [_chosen(block, pruner) for block in blocks]
+    if not any(chosen):
+        matrices(blocks[0], pruner.include, pruner.exclude)  # says what there is
+    for i, layers in enumerate(chosen):
+        for name, matrix in layers.items():
+            if sparsity.group and matrix.shape[1] % sparsity.group:
                 raise ValueError(
-                    f"{block}.{i}.{name} has {layer.in_features} inputs, which groups of {sparsity.group} do not divide; "
+                    f"{prefix}.{i}.{name} has {matrix.shape[1]} inputs, which groups of {sparsity.group} do not divide; "
                     f"choose another sparsity, or leave the layer out with 'pruner.exclude=[{name}]'"
                 )
 
 
-def _dtype(model: Model, source: Checkpoint, stored: dict[str, str]) -> torch.dtype:
-    if model.dtype != "auto":
-        return DTYPES[{"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[model.dtype]]
-    largest = max((source.places[place] for place in stored.values()), key=lambda place: place.stop - place.start)
-    return DTYPES.get(largest.dtype, torch.float32)
-
-
-def _begin(
-    model: PreTrainedModel, blocks: nn.ModuleList, first: dict[str, str], source: Checkpoint,
-    calibration: CalibrationSet, tokenizer: PreTrainedTokenizerBase, like: Tensor, file: Path | None,
-) -> list[Batch]:  # fmt: skip
-    """Bring the calibration rows to the first block."""
-    before = outside(model, blocks)
-    fill(model, {name: source.find(name, model.base_model_prefix) for name in before}, source, like)
-    fill(blocks[0], first, source, like)
-    for name, buffer in model.named_buffers():
-        module, _, leaf = name.rpartition(".")
-        model.get_submodule(module)._buffers[leaf] = buffer.to(like.device)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    try:
-        return first_inputs(model, blocks, calibration, pad, like.device, file)
-    finally:
-        for name in before:
-            put(model, name, torch.empty(0, device="meta"))
-        empty(blocks[0])
-
-
-def _done(work: Path) -> list[list[LayerResult]]:
-    """What a killed prune wrote of the blocks that it finished."""
-    journal = work / _DONE
-    if not journal.exists():
-        return []
-    found = json.loads(journal.read_text())
-    return [[LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in layers] for layers in found]
-
-
-def _keep(work: Path, done: Sequence[Sequence[LayerResult]]) -> None:
-    """Note that the blocks in `done` are on the disk."""
-    beside = work / f"{_DONE}.new"
-    with open(beside, "w") as stream:
-        json.dump([[to_json(layer) for layer in layers] for layers in done], stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(work / _DONE)
-
-
-def _prune_block(
-    block: nn.Module, i: int, name: str, batches: Sequence[Batch], pruner: Pruner, sparsity: Sparsity,
-    source: Checkpoint, stored: dict[str, str],
-) -> list[LayerResult]:  # fmt: skip
-    """Collect the statistics of a block, prune its layers, and pass the rows through what is left."""
-    layers = linear_layers(block, pruner.exclude)
-    device = next(block.parameters()).device
-    collector = None
-    if batches and pruner.statistic != "none":
-        collector = Collector(pruner.statistic, layers)
-        with collector.listening():
-            for batch in batches:
-                collector.weights_NT = batch.weights_NT.to(device)
-                batch.through(block, i, name, device)
-    results = []
-    for n, layer in layers.items():
-        dtype = DTYPES[source.places[stored[f"{n}.weight"]].dtype]
-        results.append(_prune_layer(f"{name}.{n}", n, layer, collector, pruner, sparsity, dtype))
-    _advance(block, i, name, batches, device)
-    return results
-
-
-def _advance(block: nn.Module, i: int, name: str, batches: Sequence[Batch], device: torch.device) -> None:
-    for batch in batches:
-        batch.hidden_NTD.copy_(batch.through(block, i, name, device))
-
-
-def _prune_layer(
-    full: str, name: str, layer: nn.Linear, collector: Collector | None, pruner: Pruner, sparsity: Sparsity,
-    dtype: torch.dtype,
-) -> LayerResult:  # fmt: skip
-    """Prune one layer in float32; its weight is what the checkpoint will hold, rounded to `dtype`."""
-    start = time.perf_counter()
-    before_OI = layer.weight.to(torch.float32, copy=True)  # the weight is overwritten below
-    statistic = collector.of(name) if collector else None
-    pruned = pruner.prune(before_OI, statistic, sparsity, full)
-    layer.weight.copy_(pruned.w_OI.to(dtype))
-    error = None if statistic is None else relative_error(before_OI, layer.weight.float(), statistic)
-    zeros = float((layer.weight == 0).float().mean())
-    shape = (layer.out_features, layer.in_features)
-    return LayerResult(full, shape, zeros, error, pruned.damping, time.perf_counter() - start)
+def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -> PruneResult:
+    layers = [layer for found in kept.done for layer in found]
+    sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
+    zeros = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True))
+    whole = sum(p.numel() for p in walk.model.parameters())  # those that are tied count once
+    cuda = walk.device.type == "cuda"
+    blind = method.pruner.statistic == "none"
+    return PruneResult(
+        pruner=method.pruner.name,
+        allocation=method.allocation.name,
+        propagate=propagate,
+        sparsity_target=method.sparsity.target,
+        sparsity_realised=zeros / sum(sizes),
+        sparsity_model=zeros / (whole - embeddings(walk.model)),
+        sparsity_with_embeddings=zeros / whole,
+        unseen=0 if blind else sum(layer.tokens == 0 for layer in layers),
+        seconds={what: walk.seconds[what] for what in ("load", "forward", "statistics", "solve", "store")},
+        peak_host_mib=peak_rss_mib(),
+        peak_device_mib=torch.cuda.max_memory_allocated(walk.device) / 2**20 if cuda else None,
+        layers=tuple(layers),
+        checkpoint=CHECKPOINT,
+    )

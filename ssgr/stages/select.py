@@ -7,16 +7,16 @@ import logging
 from ssgr.calib import Material, Source
 from ssgr.records import CalibrationSet, Row
 from ssgr.scope import Scope
-from ssgr.select import Budget, Policy, draw, fit_rows, match
+from ssgr.select import Budget, Policy, draw, fit_rows, left_over, match
 
-VERSION = 1
+VERSION = 2
 ROWS, SUMMARY = "calibration.parquet", "calibration.json"
 _SHORTFALL = 0.99  # a smaller share of the budget than this is no longer the same budget
 _log = logging.getLogger("ssgr")
 
 
-def select(source: Source, material: Material, policy: Policy, scope: Scope, budget: Budget) -> CalibrationSet:
-    """Draw the calibration set of `source` under `budget` and weigh its tokens by `scope`.
+def select(source: Source, material: Material, policy: Policy, budget: Budget) -> CalibrationSet:
+    """Draw the calibration set of `source` under `budget`, and rows to hold out from what is left.
 
     Raises:
         ValueError: the selection is empty (the message has its funnel) or holds less than the budget.
@@ -27,7 +27,6 @@ def select(source: Source, material: Material, policy: Policy, scope: Scope, bud
         rows = match(candidates, len(wanted), sum(map(len, wanted)), source.draw)
     else:
         rows = draw(candidates, budget, source.draw)
-    weights = tuple(scope.weights(row) if "scope" in source.uses else (1.0,) * len(row) for row in rows)
     realised = sum(map(len, rows))
     asked = realised if budget.tokens is None else budget.tokens
     if realised < _SHORTFALL * asked and not source.matches:
@@ -37,15 +36,14 @@ def select(source: Source, material: Material, policy: Policy, scope: Scope, bud
             source.name, realised, asked, realised,
         )  # fmt: skip
     funnel = (*candidates.funnel, ("drawn", len(rows)))
-    return CalibrationSet(source.name, tuple(sorted(rows, key=_by_id)), _sorted(rows, weights), funnel, asked)
+    rows = tuple(sorted(rows, key=_by_id))
+    held_out = tuple(sorted(left_over(candidates, rows, round(budget.held_out * realised), source.draw), key=_by_id))
+    weights = tuple((1.0,) * len(row) for row in rows)
+    return CalibrationSet(source.name, rows, weights, funnel, asked, "scope" in source.uses, held_out)
 
 
 def _by_id(row: Row) -> str:
     return row.id
-
-
-def _sorted(rows: tuple[Row, ...], weights: tuple[tuple[float, ...], ...]) -> tuple[tuple[float, ...], ...]:
-    return tuple(w for _, w in sorted(zip(rows, weights, strict=True), key=lambda pair: pair[0].id))
 
 
 def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:

@@ -1,0 +1,125 @@
+"""Journal: what of a prune is on the disk, so that a killed one goes on where it was."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ssgr.model.blocks import Matrix
+from ssgr.model.checkpoint import Checkpoint, Replica
+from ssgr.records import LayerResult, to_json
+from ssgr.stages.walk import Walk
+
+_DONE, _RATIOS = "blocks.json", "ratios.json"
+
+
+class Journal:
+    """What is on the disk of a prune into `folder`: the pruned blocks, what was found there, and of which source.
+
+    Raises:
+        ValueError: the source is not what it was when the prune began, or `folder` is its own.
+    """
+
+    def __init__(self, walk: Walk, work: Path, folder: Path) -> None:
+        self.walk, self.work = walk, work
+        self.source = walk.source.stamp()
+        if walk.ranks.rank == 0:
+            self.replica = Replica(walk.source, folder)
+            self._read()
+            if self.replica.fresh:
+                clear(work)  # before a file is begun: what it says of lost files must not outlive them
+            self.replica.begin()
+            self.replica.copy_rest()
+        walk.ranks.meet()
+        self.kept = Checkpoint(folder)
+        self.done = self._read()
+
+    def _read(self) -> list[list[LayerResult]]:
+        file = self.work / _DONE
+        if not file.exists():
+            return []
+        found = json.loads(file.read_text())
+        if found["source"] != self.source:
+            raise changed(self.walk, self.work)
+        return [[layer(one) for one in layers] for layers in found["blocks"]]
+
+    def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The share of zeros of every matrix, made once."""
+        file = self.work / _RATIOS
+        made = None
+        if self.walk.ranks.rank == 0:
+            made = json.loads(file.read_text()) if self.done and file.exists() else make()
+            write(file, made)
+        out: dict[str, float] = self.walk.ranks.tell(made, 0)
+        return out
+
+    def keeping(
+        self, i: int, block: nn.Module, layers: Mapping[str, Matrix], results: list[LayerResult]
+    ) -> Callable[[], None]:
+        """Write block `i` and what was found there: work that needs the block no more."""
+        self.done.append(results)
+        done = [[to_json(layer) for layer in found] for found in self.done]
+        if self.walk.ranks.rank:
+            return lambda: None
+        values = dict(block.named_parameters())
+        changed = {matrix.parameter: values[matrix.parameter].detach() for matrix in layers.values()}
+
+        def keep() -> None:
+            written: dict[str, Tensor] = {}
+            for name, value in changed.items():
+                written |= self.walk.layout.split(f"{self.walk.name}.{i}.{name}", value)
+            self.replica.write(written)
+            self.replica.copy(set(self.walk.stored(i)) - set(written))
+            write(self.work / _DONE, {"source": self.source, "blocks": done})
+
+        return keep
+
+    def finish(self) -> None:
+        """Copy what no block holds.
+
+        Raises:
+            ValueError: the source is no longer what it was when the prune began.
+        """
+        if self.walk.source.stamp() != self.source:
+            raise changed(self.walk, self.work)
+        if self.walk.ranks.rank == 0:
+            inside = {stored for i in range(len(self.walk)) for stored in self.walk.stored(i)}
+            self.replica.copy(set(self.walk.source.places) - inside)
+
+
+def layer(found: dict[str, object]) -> LayerResult:
+    """A layer's result from JSON."""
+    return LayerResult(**{**found, "shape": tuple(found["shape"])})  # type: ignore[arg-type]
+
+
+def written(folder: Path) -> int:
+    """Bytes that a killed prune already has on the disk."""
+    return sum(file.stat().st_blocks * 512 for file in folder.glob("*.safetensors"))
+
+
+def changed(walk: Walk, work: Path) -> ValueError:
+    """What to raise where the source is no longer what it was."""
+    return ValueError(
+        f"{walk.source.directory}: the model changed since this work began; bring back the files as they were, or remove "
+        f"{work} to begin again"
+    )
+
+
+def write(file: Path, content: object) -> None:
+    """Write JSON whole, or not at all."""
+    beside = file.with_name(f"{file.name}.new")
+    with open(beside, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
+
+
+def clear(work: Path) -> None:
+    """Remove the journal."""
+    for name in (_DONE, _RATIOS):
+        (work / name).unlink(missing_ok=True)

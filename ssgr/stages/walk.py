@@ -1,0 +1,198 @@
+"""Walk: a decoder whose blocks have weights one at a time, read from the disk while the one before is worked on."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.model import Model
+from ssgr.model.blocks import decoder_blocks, empty, outside, put
+from ssgr.model.checkpoint import DTYPES, Checkpoint
+from ssgr.model.layout import Layout
+from ssgr.stages.activations import Batch, Passage, first_inputs
+from ssgr.stages.collect import Collector
+from ssgr.stages.ranks import Ranks
+
+_CONFIGURED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Walk:
+    """The decoder of `model`, block by block; `seconds` are those spent waiting for weights and running blocks."""
+
+    def __init__(self, model: Model, ranks: Ranks) -> None:
+        self.model, self.ranks = model.skeleton(), ranks
+        self.source = Checkpoint(model.files())
+        self.layout = Layout(self.model, self.source)
+        self.name, self.blocks = decoder_blocks(self.model)
+        self.device = ranks.device(model.torch_device())
+        self.dtype = _dtype(model, self.source, self.stored(0), self.device)
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def names(self, i: int) -> dict[str, str]:
+        """What block `i` holds: the names inside the block, and in the model."""
+        return {name: f"{self.name}.{i}.{name}" for name in self.blocks[i].state_dict()}
+
+    def stored(self, i: int) -> list[str]:
+        """The stored tensors of block `i`."""
+        return [stored for name in self.names(i).values() for stored in self.layout.stored(name)]
+
+    def filled(
+        self, which: Sequence[int], source: Callable[[int], Checkpoint | None]
+    ) -> Iterator[tuple[int, nn.Module]]:
+        """The blocks `which`, each with its weights from `source`, or from the model where that is None.
+
+        Raises:
+            ValueError: a tensor is missing, quantised or not finite.
+        """
+
+        def read(i: int) -> dict[str, Tensor]:
+            return {name: self.layout.read(full, source(i)) for name, full in self.names(i).items()}
+
+        with ThreadPoolExecutor(1) as pool:
+            coming: list[Future[dict[str, Tensor]]] = [pool.submit(read, i) for i in which[:1]]
+            for n, i in enumerate(which, 1):
+                with self.timed("load"):
+                    full = self.names(i)
+                    for name, value in coming.pop().result().items():
+                        put(self.blocks[i], name, self._placed(full[name], value))
+                coming = [pool.submit(read, after) for after in which[n : n + 1]]
+                yield i, self.blocks[i]
+                empty(self.blocks[i])
+
+    def begin(self, rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, file: Path | None) -> list[Batch]:
+        """Bring the rows to the first block: the batches of this rank."""
+        before = outside(self.model, self.blocks)
+        for name in (*before, *self.names(0).values()):
+            put(self.model, name, self._placed(name, self.layout.read(name)))
+        for name, buffer in self.model.named_buffers():
+            put(self.model, name, buffer.to(self.device))
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        try:
+            with self.timed("forward"):
+                return first_inputs(self.model, self.blocks, rows, pad, self.device, file, self.ranks.mine)
+        finally:
+            for name, parameter in before.items():
+                put(self.model, name, parameter)
+            empty(self.blocks[0])
+
+    def advance(self, i: int, batches: Sequence[Batch], collector: Collector | None = None) -> None:
+        """Pass the rows through block `i`; a `collector` hears what enters its matrices.
+
+        Raises:
+            ValueError: its output is not finite.
+        """
+        with self.timed("forward"):
+            runs = ((batch, partial(batch.through, self.blocks[i], i, self.device)) for batch in batches)
+            if collector is None:
+                self.keep(i, ((batch, run()) for batch, run in runs))
+            else:
+                self.keep(i, ((batch, collector.run(run, batch.streams, True, batch.tokens)) for batch, run in runs))
+        if collector is not None:
+            self.count(collector)
+
+    def listen(self, i: int, batches: Sequence[Batch], collector: Collector) -> None:
+        """Pass the rows through block `i` only as far as `collector` hears something."""
+        with self.timed("forward"):
+            for batch in batches:
+                run = partial(batch.through, self.blocks[i], i, self.device)
+                collector.run(run, batch.streams, False, batch.tokens)
+        self.count(collector)
+
+    def count(self, collector: Collector) -> None:
+        """Count the seconds of `collector`, which fell into those of the forward pass, as its own."""
+        self.seconds["forward"] -= collector.seconds
+        self.seconds["statistics"] += collector.seconds
+
+    def keep(self, i: int, outputs: Iterable[tuple[Batch, Tensor | None]]) -> None:
+        """Let the outputs of block `i` be what enters the next.
+
+        Raises:
+            ValueError: they are not finite.
+        """
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        for batch, out in outputs:
+            assert out is not None
+            finite &= torch.isfinite(out).all()
+            batch.hidden_NTD.copy_(out)
+        if not finite:
+            raise ValueError(
+                f"{self.name}.{i}: its output holds NaN or infinity on the calibration rows; {self.remedy}"
+            )
+
+    @property
+    def remedy(self) -> str:
+        """What to do where activations overflow."""
+        if self.dtype in (torch.float16, torch.bfloat16):
+            return "type model.dtype=float32"
+        return "they overflow in float32, so the checkpoint is damaged: use another copy"
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """Count the seconds spent inside as `what`."""
+        start = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - start
+
+    def _placed(self, name: str, value: Tensor) -> Tensor:
+        return value.to(self.device, self.layout.run_dtype(name, self.dtype) if value.is_floating_point() else None)
+
+
+def _dtype(model: Model, source: Checkpoint, stored: Sequence[str], device: torch.device) -> torch.dtype:
+    """What the blocks run in: the configured dtype, or that of the checkpoint where the processor computes in it."""
+    if model.dtype != "auto":
+        return _CONFIGURED[model.dtype]
+    largest = max((source.places[name] for name in stored), key=lambda place: place.stop - place.start)
+    dtype = DTYPES.get(largest.dtype, torch.float32)
+    return dtype if device.type != "cpu" or _native(dtype) else torch.float32
+
+
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of `dtype` itself; one that emulates it is tens of times slower."""
+    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and later
+    needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    return any(flags.get(flag) for flag in needed[dtype]) if dtype in needed else True
+
+
+class Behind:
+    """Work done in the order it is given, one piece behind; an error shows at the next piece, or at the end."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._last: Future[None] | None = None
+
+    def do(self, work: Callable[[], None]) -> None:
+        """Wait for the piece before, then let this one begin."""
+        self.wait()
+        self._last = self._pool.submit(work)
+
+    def wait(self) -> None:
+        """Wait for what was given last.
+
+        Raises:
+            Exception: what it raised.
+        """
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def __enter__(self) -> Behind:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            self._pool.shutdown()

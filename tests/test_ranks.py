@@ -1,0 +1,171 @@
+"""Processes that share a prune: what they make is what one makes, and when one fails all end with one sentence.
+
+Every process imports torch when it starts, so one start does as many jobs as it can.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.model import Model
+from ssgr.pruner.wanda import Wanda
+from ssgr.sparsity import Unstructured
+from ssgr.stages import ranks
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import prune
+from tests import rank_jobs
+from tests.conftest import ROOT, random_model
+from tests.test_prune import calibration, uniform
+
+LONGEST = 60  # seconds in which all must have ended after one has
+LOOPBACK = {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Ranks share the threads there are, and the order of a sum may depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def saved(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    random_model(layers=3).to(dtype).save_pretrained(folder, max_shard_size="20KB")
+    return folder
+
+
+def content(work: Path) -> dict[str, bytes]:
+    """Every file of weights and of statistics."""
+    return {str(f.relative_to(work)): f.read_bytes() for f in sorted(work.rglob("*.safetensors"))}
+
+
+def results(work: Path) -> dict[str, object]:
+    """What was found in every layer, without the seconds."""
+    out: dict[str, object] = {}
+    for file in sorted(work.glob("*/prune.json")):
+        layers = json.loads(file.read_text())["layers"]
+        out[file.parent.name] = [{k: v for k, v in layer.items() if k != "seconds"} for layer in layers]
+    return out
+
+
+def running(*marks: str) -> list[psutil.Process]:
+    """Processes whose command line or environment holds all `marks`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            told = [*process.cmdline(), *process.environ().values()]
+        except psutil.Error:
+            continue
+        if process.status() != psutil.STATUS_ZOMBIE and all(any(mark in one for one in told) for mark in marks):
+            found.append(process)
+    return found
+
+
+def all_end(*marks: str) -> None:
+    until = time.monotonic() + LONGEST
+    while left := running(*marks):
+        assert time.monotonic() < until, left
+        time.sleep(0.1)
+
+
+def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batches are those of one rank; only the order in which their float64 sums are added is another, which the
+    rounding to float32 hides."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")  # the ranks are on one host, whatever other programs are told
+    sources = {name: saved(tmp_path / name, getattr(torch, name)) for name in ("float32", "bfloat16")}
+    for count in (1, 2, 3):
+        work = tmp_path / str(count)
+        work.mkdir()
+        ranks.run(count, work, "cpu", rank_jobs.everything, sources, work)
+        for rank in range(count):
+            ends, there = json.loads((work / f"rank_{rank}.json").read_text())
+            assert count == 1 or {ip for pair in ends for ip in pair if ip} <= LOOPBACK, ends
+            assert (bool(ends), "meeting" in there) == ((True, True) if count > 1 else (False, False))
+        assert not (work / "meeting").exists()
+    one = content(tmp_path / "1")
+    assert {name.split("/")[0] for name in one} == {*rank_jobs.JOBS, "collect", "dense"}
+    for count in (2, 3):
+        other = content(tmp_path / str(count))
+        assert one.keys() == other.keys()
+        assert [name for name in one if one[name] != other[name]] == []
+        assert results(tmp_path / str(count)) == results(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("full", OSError, r"^\[Errno 28\] No space left on device: 'a/file'$"),
+        ("killed", ValueError, "^memory.ranks=2: rank 1 was ended by SIGKILL, .* type a smaller memory.ranks, "),
+        ("any other", RuntimeError, "(?s)^Traceback.*last_fails.*ZeroDivisionError: any other"),
+    ],
+)
+def test_an_error_in_one_rank_ends_all(
+    how: str, kind: type[Exception], message: str, tmp_path: Path, capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SSGR_TEST", mark := str(tmp_path))
+    began = time.monotonic()
+    with pytest.raises(kind, match=message):
+        ranks.run(2, tmp_path, "cpu", rank_jobs.last_fails, how)
+    assert time.monotonic() - began < LONGEST
+    assert not running(mark, "multiprocessing.spawn")
+    assert not list(tmp_path.iterdir())
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_infinite_weights_are_told_as_by_one_process(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = random_model()
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf
+    model.save_pretrained(tmp_path / "source")
+    source, method = Model("random", str(tmp_path / "source"), device="cpu"), uniform(Wanda(), Unstructured(0.5))
+    said = []
+    for count in (1, 2):
+        work = tmp_path / str(count)
+        with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinity") as caught:
+            prune(source, tokenizer, calibration(), method, Memory(0, count), work)
+        said.append(str(caught.value))
+        assert not list(work.glob("activations*")) and not (work / "meeting").exists()
+    assert said[0] == said[1]
+
+
+def started(job: str, work: Path, *arguments: object) -> None:
+    """Run a job of two ranks in a group of processes of its own, the first of which is killed meanwhile."""
+    work.mkdir(exist_ok=True)
+    code = (
+        "from pathlib import Path, PosixPath; from ssgr.stages import ranks; from tests import rank_jobs; "
+        f"ranks.run(2, {work!r}, 'cpu', rank_jobs.{job}, {', '.join(map(repr, arguments))})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, start_new_session=True, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
+def test_ranks_end_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SSGR_TEST", mark := str(tmp_path))
+    started("orphaned", tmp_path / "work", tmp_path / "work")
+    all_end(mark, "multiprocessing.spawn")
+    assert not (tmp_path / "work" / "survived").exists() and (tmp_path / "work" / "rank_1").exists()
+
+
+def test_killed_ranks_go_on_where_they_were(tmp_path: Path) -> None:
+    source, work = saved(tmp_path / "source"), tmp_path / "parts"
+    prune(*rank_jobs.arguments(source, tmp_path / "whole", 1))
+    started("doomed", work, 2, source, work)
+    assert len(json.loads((work / "blocks.json").read_text())["blocks"]) == 2
+    assert (work / "meeting").exists() and (work / "activations.0.bin").exists()
+    prune(*rank_jobs.arguments(source, work, 2))
+    assert content(work) == content(tmp_path / "whole")
+    assert {file.name for file in work.iterdir()} == {file.name for file in (tmp_path / "whole").iterdir()}
