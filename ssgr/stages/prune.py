@@ -124,6 +124,7 @@ def _prune(
             with walk.timed("store"):
                 behind.do(kept.keeping(i, block, layers[i], [found[name] for name in layers[i]]))
             ears.pass_on(i)
+            behind.wait()  # two blocks are in memory, this one and the next: never a third
             progress.step()
     kept.finish()
     if own.rank == 0:
