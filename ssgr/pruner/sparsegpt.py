@@ -142,11 +142,10 @@ def inverse_factor(h_II: Tensor, damping: float, name: str) -> tuple[Tensor, flo
     mean = float(h_II.diagonal().mean())
     for _ in range(_TRIES):
         damped = h_II + torch.eye(len(h_II), dtype=h_II.dtype, device=h_II.device) * (damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed:
-                return upper, damping
+        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if not failed:  # H = R R^T with R = flip(L) upper, and U = R^-1: H^-1 itself is never formed
+            inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), out=damped), upper=False)
+            return inverse.flip(0, 1), damping
         _log.warning("%s: the Hessian is not positive definite at damping %g; trying %g", name, damping, damping * 10)
         damping *= 10
     raise ValueError(

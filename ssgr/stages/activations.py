@@ -24,7 +24,7 @@ from ssgr.scope import Scope, streams
 from ssgr.stages.collect import Stream
 
 ALL, HELD_OUT = "all", "held out: "  # the stream of what is mixed already; before the streams of held-out rows
-_BATCH_TOKENS = 4096  # padded tokens of one forward pass
+_BATCH_TOKENS = 2048  # padded tokens of one forward pass
 Spans = list[tuple[str, int, int, float]]  # stream, first and last token, factor of the tokens' weights
 
 

@@ -22,7 +22,7 @@ from ssgr.model.checkpoint import Checkpoint
 from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
-from ssgr.stages import activations, allocate, journal, ranks
+from ssgr.stages import activations, allocate, heap, journal, ranks
 from ssgr.stages.activations import Batch, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, plan
@@ -90,6 +90,7 @@ def prune(
 
 
 @torch.no_grad()
+@heap.reused()
 def _prune(
     own: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet | None, method: Method,
     memory: Memory, work: Path, passing: Passing, statistics: Path | None,

@@ -21,7 +21,7 @@ from ssgr.model import Model
 from ssgr.model.blocks import Matrix, matrices, names
 from ssgr.pruner import Statistic
 from ssgr.records import CalibrationSet
-from ssgr.stages import activations, journal
+from ssgr.stages import activations, heap, journal
 from ssgr.stages.activations import Passage, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, inputs, plan
@@ -138,6 +138,7 @@ def collect(
 
 
 @torch.no_grad()
+@heap.reused()
 def _collect(
     ranks: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet, statistic: Statistic,
     memory: Memory, work: Path,

@@ -1,0 +1,36 @@
+"""Heap: tensors that are freed leave their memory to the next ones, instead of giving it back to the system.
+
+The system hands out memory page by page, each cleared when it is first touched: on a small model that costs as much as the
+arithmetic (LOG.md).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+_TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
+_KEPT = 64 << 20  # bytes; what is larger, such as a matrix of a large model, goes back as soon as it is freed
+_USUAL = 32 << 20  # where glibc's own thresholds end
+
+
+@contextmanager
+def reused() -> Iterator[None]:
+    """Keep freed memory while inside, and give it back at the end; where the system's library is not glibc, do nothing.
+
+    What the environment asks of glibc stands.
+    """
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    libc.mallopt(_MMAP, _KEPT)
+    libc.mallopt(_TRIM, 2**31 - 1)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP, _USUAL)
+        libc.mallopt(_TRIM, 2 * _USUAL)
+        libc.malloc_trim(0)
