@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from ssgr.model.blocks import Matrix
@@ -88,7 +88,7 @@ class _Paused:
         self.batch, self.collector = batch, collector
         self.at: str | None = None
         self.out: Tensor | None = None
-        self._run = greenlet(forward)
+        self._run, self._home = greenlet(forward), getcurrent()
         self._last: tuple[Tensor, str] | None = None
 
     def resume(self) -> None:
@@ -101,7 +101,7 @@ class _Paused:
 
     def _pause(self, name: str) -> None:
         self.at = name
-        self._run.parent.switch()
+        self._home.switch()
 
     def stop(self) -> None:
         """End it, wherever it is."""
