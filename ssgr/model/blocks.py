@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -63,6 +64,67 @@ def outside(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, nn.Param
     tied = {id(p) for p in model.get_input_embeddings().parameters()}
     skipped = inside | (own - tied)
     return {name: p for name, p in model.named_parameters() if id(p) not in skipped}
+
+
+class Tail(nn.Module):
+    """What follows the blocks, up to the output layer `head`, which can be pruned as if it were in a block after the last.
+
+    Its parameters are those of the model, under the same names: the ones outside the blocks but for the token embeddings.
+
+    Raises:
+        ValueError: the output layer shares its weights with the token embeddings, or the model has none.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+        super().__init__()
+        self.whole = (model, blocks)  # in a tuple, it is no part of this module
+        self.head = output_layer(model)
+        head = model.get_submodule(self.head) if self.head else None
+        first = {id(p) for p in model.get_input_embeddings().parameters()}
+        if head is None or any(id(p) in first for p in head.parameters()):
+            raise ValueError(
+                f"pruner.include: {self.head or 'an output layer'} of {type(model).__name__} is "
+                f"{'its token embeddings, which stay dense' if self.head else 'not there'}; leave it out"
+            )
+        last = [f"{self.head}.{name}" for name, _ in head.named_parameters()]
+        for name in [n for n, p in outside(model, blocks).items() if id(p) not in first] + last:
+            *above, own = name.split(".")[:-1]
+            node: nn.Module = self
+            for part in above:
+                if part not in node._modules:
+                    node.add_module(part, nn.Module())
+                node = node.get_submodule(part)
+            node.add_module(own, model.get_submodule(".".join([*above, own])))
+
+    def forward(self, hidden_NTD: Tensor, form: Callable[[Tensor], Any]) -> Tensor:
+        """Bring what the last block puts out to the output layer, which does not run; `form` is that of a block's output."""
+        model, blocks = self.whole
+        own = [block.forward for block in blocks]
+        handle = model.get_submodule(self.head).register_forward_pre_hook(_arrive)
+        try:
+            for block in blocks:
+                block.forward = lambda *args, **kwargs: form(hidden_NTD)
+            with suppress(_Arrived):
+                model(inputs_embeds=hidden_NTD, use_cache=False)
+        finally:
+            handle.remove()
+            for block, forward in zip(blocks, own, strict=True):
+                block.forward = forward
+        return hidden_NTD
+
+
+class _Arrived(Exception):
+    """The output layer was reached."""
+
+
+def _arrive(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    raise _Arrived
+
+
+def output_layer(model: PreTrainedModel) -> str:
+    """The name of the linear layer that gives the logits, or "" where there is none."""
+    head = model.get_output_embeddings()
+    return next((name for name, m in model.named_modules() if m is head and isinstance(m, nn.Linear)), "")
 
 
 def embeddings(model: PreTrainedModel) -> int:

@@ -14,20 +14,23 @@ from torch import Tensor
 
 from ssgr.sparsity import Compare, Sparsity, check_compare
 
-Statistic = Literal["none", "norm", "gram"]
+Statistic = Literal["none", "norm", "gram", "gradient"]
 
 
 @dataclass(frozen=True)
 class Moments:
     """Weighted means over the tokens that enter a layer: of x (I,), of x * x (I,), and of x x^T (I, I) if asked for.
 
-    `tokens` is the sum of the weights.
+    `tokens` is the sum of the weights. If asked for, `gradient_OI` is the mean over `rows` of the square of the gradient
+    that the norm of a row's output of the block has with respect to the layer's weights.
     """
 
     tokens: float
     mean_I: Tensor
     square_I: Tensor
     gram_II: Tensor | None = None
+    gradient_OI: Tensor | None = None
+    rows: float = 0.0
 
     @property
     def variance_I(self) -> Tensor:
@@ -54,7 +57,7 @@ class Pruner(Protocol):
 
     @property
     def statistic(self) -> Statistic:
-        """What it needs of the inputs: nothing, mean and mean square of each, or also their Gram matrix."""
+        """What it needs of the inputs: nothing, mean and mean square of each, or also their Gram matrix or gradients."""
         ...
 
     @property

@@ -58,6 +58,8 @@ class DSnoT:
                 f"pruner.base: include={list(self.base.include)} exclude={list(self.base.exclude)} would be ignored: "
                 "type pruner.include or pruner.exclude"
             )
+        if self.base.statistic == "gradient":
+            raise ValueError(f"pruner.base={self.base.name} needs gradients: type pruner@pruner.base=wanda")
 
     @property
     def statistic(self) -> Statistic:

@@ -49,10 +49,12 @@ class Batch:
     hidden_NTD: Tensor  # on the host; some models have several such states, one below the other
     streams: dict[str, Stream]
     given: list[dict[str, Any]]  # masks, positions
+    form: Callable[[Tensor], Any]  # what a block puts out, of hidden states
 
     def through(self, block: nn.Module, i: int, device: torch.device) -> Tensor:
         """The output of block `i` for these rows."""
-        out = block(self.hidden_NTD.to(device, non_blocking=True), **_moved(self.given[i], device))
+        given = self.given[i] if i < len(self.given) else {"form": self.form}  # what follows the blocks
+        out = block(self.hidden_NTD.to(device, non_blocking=True), **_moved(given, device))
         hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return hidden
 
@@ -134,7 +136,7 @@ def first_inputs(
     tokens, room = sum(len(group) * len(rows[group[-1]].ids) for group in members), torch.empty(0)
     batches: list[Batch] = []
     longest: list[dict[str, Any]] = []  # what the longest batch is given
-    with _passing_through(blocks) as heard:
+    with _passing_through(blocks) as (heard, form):
         for group in reversed(members):
             width = len(rows[group[-1]].ids)
             ids_NT = torch.tensor([[*rows[i].ids, *[pad] * (width - len(rows[i].ids))] for i in group])
@@ -152,7 +154,9 @@ def first_inputs(
             given = [_moved(kwargs, torch.device("cpu"), moved) for _, kwargs in heard]
             longest = longest or given
             given = [_part(value, whole, parts) for value, whole in zip(given, longest, strict=True)]
-            batches.append(Batch(own.view_as(hidden_NTD), _streams([rows[i] for i in group], width, device), given))
+            batches.append(
+                Batch(own.view_as(hidden_NTD), _streams([rows[i] for i in group], width, device), given, form[0])
+            )
     return batches[::-1]
 
 
@@ -243,8 +247,11 @@ class _Beside:
 
 
 @contextmanager
-def _passing_through(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[str, Any]]]]:
-    """Let every block hand on its input at once, and hear what each is given: blocks may attend in different ways."""
+def _passing_through(
+    blocks: nn.ModuleList,
+) -> Iterator[tuple[list[tuple[Tensor, dict[str, Any]]], list[Callable[[Tensor], Any]]]]:
+    """Let every block hand on its input at once; hear what each is given (blocks may attend in different ways), and the
+    form of what they put out."""
     heard: list[tuple[Tensor, dict[str, Any]]] = []
     own = [block.forward for block in blocks]
     form: list[Callable[[Tensor], Any]] = []  # of what a block returns, once known
@@ -266,7 +273,7 @@ def _passing_through(blocks: nn.ModuleList) -> Iterator[list[tuple[Tensor, dict[
     try:
         for i, block in enumerate(blocks):
             block.forward = partial(hear, i)
-        yield heard
+        yield heard, form
     finally:
         for block, forward in zip(blocks, own, strict=True):
             block.forward = forward

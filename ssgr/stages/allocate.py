@@ -28,7 +28,7 @@ def ratios(
         ValueError: the pattern fixes the share of every layer, and the allocation wants others; or it would leave no weight
             in one.
     """
-    sizes = {f"{walk.name}.{i}.{n}": m.shape[0] * m.shape[1] for i, own in enumerate(layers) for n, m in own.items()}
+    sizes = {walk.full(i, n): m.shape[0] * m.shape[1] for i, own in enumerate(layers) for n, m in own.items()}
     statistic = "norm" if allocation.needs == "norms" else pruner.statistic
 
     def look() -> Iterator[Seen]:
@@ -44,7 +44,7 @@ def ratios(
                     }  # of neighbours only: one Gram matrix at a time
                 inputs, w_OI = known[whose], matrix.weight_OI.float()
                 score = None if inputs is None and statistic != "none" else (lambda: pruner.score(w_OI, inputs))  # noqa: B023
-                yield Seen(f"{walk.name}.{i}.{name}", i, w_OI, inputs.square_I if inputs else None, score)
+                yield Seen(walk.full(i, name), i, w_OI, inputs.square_I if inputs else None, score)
 
     found = allocation.ratios(look, sizes, sparsity.target)
     for name, ratio in found.items():

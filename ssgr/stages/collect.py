@@ -16,7 +16,8 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,18 +41,30 @@ class Stream:
 
 @dataclass
 class Sums:
-    """Sums over tokens: of weights, and in float64 of w x (I,), w x x (I,) and, right of the diagonal, w x x^T (I, I)."""
+    """Sums over tokens: of weights, and in float64 of w x (I,), w x x (I,) and, right of the diagonal, w x x^T (I, I).
+
+    And over rows: how many, and in float32 of the squared gradient with respect to the weights (O, I).
+    """
 
     tokens: float
     sum_I: Tensor
     square_I: Tensor
     gram_II: Tensor | None = None
+    gradient_OI: Tensor | None = None
+    rows: float = 0.0
 
     @classmethod
-    def zero(cls, inputs: int, statistic: Statistic, device: torch.device) -> Sums:
+    def zero(cls, inputs: int, statistic: Statistic, device: torch.device, outputs: int = 0) -> Sums:
         """Nothing added yet."""
         empty: Callable[..., Tensor] = lambda *shape: torch.zeros(shape, dtype=torch.float64, device=device)
-        return cls(0.0, empty(inputs), empty(inputs), empty(inputs, inputs) if statistic == "gram" else None)
+        gradient_OI = torch.zeros(outputs, inputs, device=device) if statistic == "gradient" else None
+        gram_II = empty(inputs, inputs) if statistic == "gram" else None
+        return cls(0.0, empty(inputs), empty(inputs), gram_II, gradient_OI)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Outputs, where gradients are summed, and inputs."""
+        return 0 if self.gradient_OI is None else len(self.gradient_OI), len(self.sum_I)
 
     def add(self, x_TI: Tensor, w_T: Tensor | None) -> None:
         """Add tokens (T, I) with weights."""
@@ -71,13 +84,15 @@ class Sums:
         if self.gram_II is not None:
             self.square_I = self.gram_II.diagonal().clone()
         out = {"tokens": torch.tensor([self.tokens], dtype=torch.float64), "sum": self.sum_I, "square": self.square_I}
+        if self.gradient_OI is not None:
+            out |= {"gradient": self.gradient_OI, "rows": torch.tensor([self.rows], dtype=torch.float64)}
         return out if self.gram_II is None else {**out, "gram": self.gram_II}
 
 
 def moments(parts: Sequence[tuple[float, Mapping[str, Tensor]]], statistic: Statistic) -> Moments | None:
     """The moments of a mixture of `Sums.tensors`, each with its weight; None where no token came.
 
-    The Gram matrix is formed only if `statistic` asks for it.
+    The Gram matrix is formed only if `statistic` asks for it. Gradients are those of one stream: they do not add up.
     """
     parts = [(weight, sums) for weight, sums in parts if weight > 0 and float(sums["tokens"]) > 0]
     if not parts:
@@ -94,7 +109,11 @@ def moments(parts: Sequence[tuple[float, Mapping[str, Tensor]]], statistic: Stat
     if statistic == "gram":
         gram_II = mixed("gram").triu_()
         gram_II += gram_II.triu(1).T
-    return Moments(whole, mixed("sum"), mixed("square"), gram_II)
+    out = Moments(whole, mixed("sum"), mixed("square"), gram_II)
+    if statistic == "gradient" and len(parts) == 1 and "gradient" in parts[0][1]:
+        sums = parts[0][1]
+        return replace(out, gradient_OI=sums["gradient"] / float(sums["rows"]), rows=float(sums["rows"]))
+    return out
 
 
 @dataclass
@@ -143,6 +162,8 @@ class Collector:
             ValueError: a linear layer is given something else than the `tokens` of the batch.
         """
         self.streams, self.tokens, self.last, self._calls = streams, tokens, None, Counter()
+        if self.statistic == "gradient":
+            return self._with_gradients(forward)
         self._stop = self._once and not whole
         try:
             out = forward()
@@ -150,6 +171,49 @@ class Collector:
             return None
         self._once = bool(self._linear) and max(self._calls.values(), default=0) == 1
         return out
+
+    def _with_gradients(self, forward: Callable[[], Tensor]) -> Tensor:
+        """Run a batch (N, T, D), and add to the sums of each linear layer the squared gradients of the norms of its rows.
+
+        The gradient of a row with respect to the weights is that with respect to the layer's outputs, times its inputs: so
+        one backward pass serves all rows.
+        """
+        heard: dict[str, tuple[Tensor, Tensor]] = {}
+
+        def keep(name: str, module: nn.Module, args: tuple[Tensor, ...], out_: Tensor) -> None:
+            if name in heard:
+                raise ValueError(
+                    f"{name} runs twice in its block, and its gradients are not collected; choose another pruner"
+                )
+            heard[name] = (args[0].detach(), out_)
+
+        linear = [matrix for matrix in self.matrices.values() if matrix.expert is None]
+        handles = [matrix.module.register_forward_hook(partial(keep, matrix.name)) for matrix in linear]
+        try:
+            with torch.enable_grad():
+                for matrix in linear:
+                    matrix.module.requires_grad_(True)
+                out_NTD = forward()
+                start = time.perf_counter()
+                for label, stream in self.streams.items():
+                    norms_N = _norms(out_NTD, stream)
+                    outs = [out for _, out in heard.values()]
+                    grads = torch.autograd.grad(norms_N.sum(), outs, retain_graph=True, allow_unused=True)
+                    for (name, (x, _)), grad in zip(heard.items(), grads, strict=True):
+                        sums = self.sums[name, label]
+                        sums.rows += len(norms_N)
+                        if grad is None:
+                            continue
+                        for g, x_n in zip(_by_row(grad, out_NTD), _by_row(x, out_NTD), strict=True):
+                            assert sums.gradient_OI is not None
+                            sums.gradient_OI += (g.float().T @ x_n.float()).square()
+                self.seconds += time.perf_counter() - start
+        finally:
+            for handle in handles:
+                handle.remove()
+            for matrix in linear:
+                matrix.module.requires_grad_(False)
+        return out_NTD.detach()
 
     def turn(
         self, streams: Mapping[str, Stream], tokens: int, last: tuple[Tensor, str] | None, pause: Callable[[str], None]
@@ -163,7 +227,7 @@ class Collector:
             self._calls[name] += 1
             owner = self.owner.get(name)
             if owner is None:
-                shared = self.last is not None and self.last[0] is x
+                shared = self.last is not None and self.last[0] is x and self.statistic != "gradient"
                 owner = self.owner[name] = self.last[1] if shared and self.last else name
             elif self.pause and owner != name and not (self.last and self.last[0] is x):
                 raise ValueError(f"{name} and {owner} had the same inputs in another block; type order=block")
@@ -208,9 +272,26 @@ class Collector:
         start = time.perf_counter()
         sums = self.sums.get((owner, label))
         if sums is None:
-            sums = self.sums[owner, label] = Sums.zero(x_TI.shape[1], self.statistic, x_TI.device)
-        sums.add(x_TI, w_T)
+            outputs = self.matrices[owner].shape[0] if self.statistic == "gradient" else 0
+            sums = self.sums[owner, label] = Sums.zero(x_TI.shape[1], self.statistic, x_TI.device, outputs)
+        sums.add(x_TI.detach(), w_T)
         self.seconds += time.perf_counter() - start
+
+
+def _norms(out_NTD: Tensor, stream: Stream) -> Tensor:
+    """The norm of each row's output over the tokens of `stream`, each token counted as much as it weighs; of the rows that
+    have any."""
+    square_S = out_NTD.float().square().sum(-1).flatten()
+    weights_S = torch.zeros_like(square_S, requires_grad=False)
+    which = slice(None) if stream.which_T is None else stream.which_T
+    weights_S[which] = 1.0 if stream.weights_T is None else stream.weights_T.to(weights_S.dtype)
+    row_N = (square_S * weights_S).view(len(out_NTD), -1).sum(1)
+    return row_N[row_N > 0].sqrt()
+
+
+def _by_row(x: Tensor, out_NTD: Tensor) -> Tensor:
+    """`x`, the inputs or outputs of a layer for all tokens, as (N, T, I)."""
+    return x.reshape(*out_NTD.shape[:2], -1)
 
 
 class _Enough(Exception):

@@ -71,7 +71,7 @@ class Journal:
         def keep() -> None:
             written: dict[str, Tensor] = {}
             for name, value in changed.items():
-                written |= self.walk.layout.split(f"{self.walk.name}.{i}.{name}", value)
+                written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
             write(self.work / _DONE, {"source": self.source, "blocks": done})

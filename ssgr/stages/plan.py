@@ -74,7 +74,7 @@ def plan(
     streams = len({name for row in rows for name, *_ in row.spans})
     size = torch.empty(0, dtype=walk.dtype).element_size()
     block = max(sum(p.numel() for p in b.parameters()) for b in walk.blocks) * size
-    before = sum(p.numel() for p in outside(walk.model, walk.blocks).values()) * size
+    before = sum(p.numel() for p in outside(walk.model, walk.decoder).values()) * size
     kept = streams * max(sum(_DOUBLE * _numbers(statistic, m) for m in inputs(own)) for own in layers)
     every = [m for own in layers for m in own.values()]
     work = max(3 * _FLOAT * m.shape[0] * m.shape[1] + 4 * _FLOAT * _numbers(statistic, m) for m in every)
@@ -126,5 +126,6 @@ def _size(n: float) -> str:
 
 
 def _numbers(statistic: Statistic, matrix: Matrix) -> int:
-    inputs = matrix.shape[1]
-    return {"none": 0, "norm": 2 * inputs, "gram": inputs**2}[statistic]
+    outputs, inputs = matrix.shape
+    each = {"none": 0, "norm": 2 * inputs, "gram": inputs**2, "gradient": 2 * inputs + outputs * inputs // 2}
+    return each[statistic]

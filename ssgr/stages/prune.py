@@ -17,7 +17,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.model import Model
-from ssgr.model.blocks import Matrix, NothingLeft, decoder_blocks, embeddings, matrices, names
+from ssgr.model.blocks import Matrix, NothingLeft, Tail, decoder_blocks, embeddings, matrices, names, output_layer
 from ssgr.model.checkpoint import Checkpoint
 from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
@@ -46,7 +46,7 @@ class Passing:
     With propagate="pruned" a block sees them as the pruned blocks before it leave them, with "dense" as the dense model has
     them. With order="block" all matrices of a block are pruned by what enters them while the block is dense, as published;
     with "layer" each is pruned before it runs, so that the rows pass through a block once, and a matrix sees what the pruned
-    ones before it in its block put out (experts are pruned as with "block").
+    ones before it in its block put out (experts, and pruners that need gradients, as with "block").
 
     Raises:
         ValueError: one of them is neither.
@@ -95,16 +95,22 @@ def _prune(
     own: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet | None, method: Method,
     memory: Memory, work: Path, passing: Passing, statistics: Path | None,
 ) -> None:  # fmt: skip
-    walk, pruner = Walk(model, own), method.pruner
+    pruner = method.pruner
+    walk = Walk(model, own, asks_for_head(model.skeleton(), pruner))
     check(walk.model, pruner, method.sparsity)
     layers = [_chosen(block, pruner) for block in walk.blocks]
     stored = Statistics(statistics) if statistics else None
+    if stored and len(walk) > len(walk.decoder):
+        raise ValueError(
+            "pruner.include: what enters the output layer is not among the stored statistics, which propagate=dense and "
+            f"allocation={method.allocation.name} read: type propagate=pruned allocation=uniform, or leave it out"
+        )
     listens = calibration is not None and passing.propagate == "pruned" and pruner.statistic != "none"
     rows = passages(calibration, method.scope) if listens and calibration else []
     disk = walk.source.size - journal.written(work / CHECKPOINT)
     if pruner.statistic != "none" and not rows and not stored:
         raise ValueError(f"pruner={pruner.name} needs calibration rows, or what collect has stored of the dense model")
-    pauses = bool(rows) and passing.order == "layer"
+    pauses = bool(rows) and passing.order == "layer" and pruner.statistic != "gradient"
     mapped = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, True, pauses)
     kept = journal.Journal(walk, work, work / CHECKPOINT)
     done = len(kept.done)
@@ -158,7 +164,12 @@ class _Ears:
             self.walk.advance(i, self.batches)
 
     def _at_once(self, i: int) -> bool:
-        return self.order == "layer" and all(matrix.expert is None for matrix in self.layers[i].values())
+        whole = self.order == "block" or self.statistic == "gradient"  # a gradient is that of the whole block's output
+        return (
+            not whole
+            and i < len(self.walk.decoder)
+            and all(matrix.expert is None for matrix in self.layers[i].values())
+        )
 
     def _looked_up(self, i: int) -> Heard:
         if self.statistic == "none" or not self.layers[i]:
@@ -175,8 +186,15 @@ class _Ears:
         return collector.owner, {key: sums.tensors() for key, sums in collector.sums.items()}
 
 
+def asks_for_head(model: PreTrainedModel, pruner: Pruner) -> bool:
+    """Whether `pruner` is to prune the output layer, which it must name in full."""
+    return output_layer(model) in pruner.include
+
+
 def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
     """What `pruner` prunes of a block, which may be nothing."""
+    if isinstance(block, Tail):
+        return {name: matrix for name, matrix in matrices(block, [block.head]).items() if name == block.head}
     try:
         return matrices(block, pruner.include, pruner.exclude)
     except NothingLeft:
@@ -201,22 +219,29 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
         ValueError: its blocks or matrices are not found, a pattern matches none, or n:m does not divide a layer's inputs.
     """
     prefix, blocks = decoder_blocks(model)
+    tail = [Tail(model, blocks)] if asks_for_head(model, pruner) else []
     for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
         for pattern in patterns:
-            if not any(names(block, pattern) for block in blocks):
-                every = sorted({name for block in blocks for name in names(block, "*")})
+            if not any(names(block, pattern) for block in blocks) and not (tail and pattern == output_layer(model)):
+                every = sorted({name for block in blocks for name in names(block, "*")} | {output_layer(model)} - {""})
                 raise ValueError(f"pruner.{option}: {pattern!r} matches no layer; layers are {', '.join(every)}")
     compare = getattr(type(pruner), "compare", None)
     if sparsity.group and compare and getattr(pruner, "compare", compare) != compare:
         _log.warning("pruner.compare has no effect on n:m, which compares within each group of %d", sparsity.group)
-    chosen = [_chosen(block, pruner) for block in blocks]
+    chosen = [_chosen(block, pruner) for block in (*blocks, *tail)]
     if not any(chosen):
         matrices(blocks[0], pruner.include, pruner.exclude)  # says what there is
     for i, layers in enumerate(chosen):
         for name, matrix in layers.items():
-            if sparsity.group and matrix.shape[1] % sparsity.group:
+            if pruner.statistic == "gradient" and matrix.expert is not None:
                 raise ValueError(
-                    f"{prefix}.{i}.{name} has {matrix.shape[1]} inputs, which groups of {sparsity.group} do not divide; "
+                    f"pruner={pruner.name} needs gradients, which are not collected of experts; type pruner=wanda, or leave them "
+                    f"out with 'pruner.exclude=[\"{matrix.name.partition('.')[0]}.*\"]'"
+                )
+            if sparsity.group and matrix.shape[1] % sparsity.group:
+                full = f"{prefix}.{i}.{name}" if i < len(blocks) else name
+                raise ValueError(
+                    f"{full} has {matrix.shape[1]} inputs, which groups of {sparsity.group} do not divide; "
                     f"choose another sparsity, or leave the layer out with 'pruner.exclude=[{name}]'"
                 )
 
@@ -224,7 +249,11 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
 def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -> PruneResult:
     layers = [layer for found in kept.done for layer in found]
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
-    zeros = sum(layer.sparsity * size for layer, size in zip(layers, sizes, strict=True))
+    each = [layer.sparsity * size for layer, size in zip(layers, sizes, strict=True)]
+    zeros, head = (
+        sum(each),
+        sum(n for layer, n in zip(layers, each, strict=True) if layer.name == output_layer(walk.model)),
+    )
     whole = sum(p.numel() for p in walk.model.parameters())  # those that are tied count once
     cuda = walk.device.type == "cuda"
     blind = method.pruner.statistic == "none"
@@ -234,7 +263,7 @@ def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -
         propagate=propagate,
         sparsity_target=method.sparsity.target,
         sparsity_realised=zeros / sum(sizes),
-        sparsity_model=zeros / (whole - embeddings(walk.model)),
+        sparsity_model=(zeros - head) / (whole - embeddings(walk.model)),
         sparsity_with_embeddings=zeros / whole,
         unseen=0 if blind else sum(layer.tokens == 0 for layer in layers),
         seconds={what: walk.seconds[what] for what in ("load", "forward", "statistics", "solve", "store")},

@@ -40,18 +40,19 @@ class Ranks:
         """Let the sums of every rank be those of all."""
         if self.count == 1:
             return
-        own = {key: sums.sum_I.numel() for key, sums in collector.sums.items()}
+        own = {key: sums.shape for key, sums in collector.sums.items()}
         every: list[Any] = [None] * self.count
         dist.all_gather_object(every, (own, collector.owner))
-        inputs = {key: n for sizes, _ in every for key, n in sizes.items()}
+        shapes = {key: shape for sizes, _ in every for key, shape in sizes.items()}
         collector.owner = {name: owner for _, owners in every for name, owner in owners.items()}
-        for key in sorted(inputs):
-            sums = collector.sums.setdefault(key, Sums.zero(inputs[key], collector.statistic, device))
-            tokens = torch.tensor(sums.tokens, dtype=torch.float64, device=device)
-            for part in (tokens, sums.sum_I, sums.square_I, sums.gram_II):
+        for key in sorted(shapes):
+            outputs, inputs = shapes[key]
+            sums = collector.sums.setdefault(key, Sums.zero(inputs, collector.statistic, device, outputs))
+            counts = torch.tensor([sums.tokens, sums.rows], dtype=torch.float64, device=device)
+            for part in (counts, sums.sum_I, sums.square_I, sums.gram_II, sums.gradient_OI):
                 if part is not None:
                     dist.all_reduce(part)
-            sums.tokens = float(tokens)
+            sums.tokens, sums.rows = counts.tolist()
 
     def deal(self, costs: Sequence[float]) -> list[int]:
         """The rank that does each piece of work, so that all end at about the same time."""

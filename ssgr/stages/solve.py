@@ -51,7 +51,7 @@ class Solver:
             dealt = list(zip(groups, self.ranks.deal(costs), strict=True))
             for group, rank in dealt:
                 if rank == self.ranks.rank:
-                    found |= self._group(f"{self.walk.name}.{i}", [layers[n] for n in group], owner, sums)
+                    found |= self._group(i, [layers[n] for n in group], owner, sums)
             for group, rank in dealt:
                 for name in group:
                     whole = layers[name].weight_OI.contiguous()
@@ -62,14 +62,14 @@ class Solver:
         return found
 
     def _group(
-        self, prefix: str, group: Sequence[Matrix], owner: Mapping[str, str],
+        self, i: int, group: Sequence[Matrix], owner: Mapping[str, str],
         sums: Mapping[tuple[str, str], Mapping[str, Tensor]],
     ) -> dict[str, LayerResult]:  # fmt: skip
         """Prune matrices with the same inputs in float32; their weights are what the checkpoint will hold."""
         start, pruner, own = time.perf_counter(), self.method.pruner, owner.get(group[0].name)
         mine = {stream: parts for (whose, stream), parts in sums.items() if whose == own}
         seen, later = mixtures(mine, self.method.scope, pruner.statistic)
-        names = [f"{prefix}.{matrix.name}" for matrix in group]
+        names = [self.walk.full(i, matrix.name) for matrix in group]
         before = [matrix.weight_OI.to(torch.float32, copy=True) for matrix in group]
         targets = [self.ratios[name] for name in names]
         for inputs in (seen, later):
@@ -81,7 +81,7 @@ class Solver:
         each = (time.perf_counter() - start) / len(group)
         out = {}
         for matrix, full, old_OI, new, target in zip(group, names, before, pruned, targets, strict=True):
-            dtype = self.walk.layout.dtype(f"{prefix}.{matrix.parameter}")
+            dtype = self.walk.layout.dtype(self.walk.full(i, matrix.parameter))
             matrix.weight_OI.copy_(_rounded(new.w_OI, dtype, full))
             new_OI = matrix.weight_OI.float()
             zeros = float((new_OI == 0).double().mean())

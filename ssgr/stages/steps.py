@@ -61,10 +61,10 @@ def steps(
                 if at == {None}:
                     break
                 if len(at) != 1 or {one.at for one in paused} - at:
-                    raise ValueError(f"{walk.name}.{i}: its batches run through different layers; type order=block")
+                    raise ValueError(f"{walk.full(i)}: its batches run through different layers; type order=block")
                 (whose,) = at
                 if whose not in groups:
-                    raise ValueError(f"{walk.name}.{i}.{whose} runs twice in its block; type order=block")
+                    raise ValueError(f"{walk.full(i, whose)} runs twice in its block; type order=block")
                 walk.ranks.add_up(collector, walk.device)
                 sums = {key: sums.tensors() for key, sums in collector.sums.items()}
                 collector.sums.clear()  # the memory of one set at a time

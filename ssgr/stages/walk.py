@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
-from ssgr.model.blocks import decoder_blocks, empty, outside, put
+from ssgr.model.blocks import Tail, decoder_blocks, empty, outside, put
 from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
 from ssgr.stages.activations import Batch, Passage, first_inputs
@@ -26,13 +26,17 @@ _CONFIGURED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 
 class Walk:
-    """The decoder of `model`, block by block; `seconds` are those spent waiting for weights and running blocks."""
+    """The decoder of `model`, block by block; `seconds` are those spent waiting for weights and running blocks.
 
-    def __init__(self, model: Model, ranks: Ranks) -> None:
+    With `head` what follows the blocks, up to the output layer, comes after them as if it were one more.
+    """
+
+    def __init__(self, model: Model, ranks: Ranks, head: bool = False) -> None:
         self.model, self.ranks = model.skeleton(), ranks
         self.source = Checkpoint(model.files())
         self.layout = Layout(self.model, self.source)
-        self.name, self.blocks = decoder_blocks(self.model)
+        self.name, self.decoder = decoder_blocks(self.model)
+        self.blocks = [*self.decoder, *([Tail(self.model, self.decoder)] if head else [])]
         self.device = ranks.device(model.torch_device())
         self.dtype = _dtype(model, self.source, self.stored(0), self.device)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -42,7 +46,13 @@ class Walk:
 
     def names(self, i: int) -> dict[str, str]:
         """What block `i` holds: the names inside the block, and in the model."""
-        return {name: f"{self.name}.{i}.{name}" for name in self.blocks[i].state_dict()}
+        return {name: self.full(i, name) for name in self.blocks[i].state_dict()}
+
+    def full(self, i: int, name: str = "") -> str:
+        """The name in the model of what is called `name` in block `i`; that of the block itself without it."""
+        if i < len(self.decoder):
+            return f"{self.name}.{i}.{name}".removesuffix(".")
+        return name or "what follows the blocks"
 
     def stored(self, i: int) -> list[str]:
         """The stored tensors of block `i`."""
@@ -73,7 +83,7 @@ class Walk:
 
     def begin(self, rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, file: Path | None) -> list[Batch]:
         """Bring the rows to the first block: the batches of this rank."""
-        before = outside(self.model, self.blocks)
+        before = outside(self.model, self.decoder)
         for name in (*before, *self.names(0).values()):
             put(self.model, name, self._placed(name, self.layout.read(name)))
         for name, buffer in self.model.named_buffers():
@@ -81,7 +91,7 @@ class Walk:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         try:
             with self.timed("forward"):
-                return first_inputs(self.model, self.blocks, rows, pad, self.device, file, self.ranks.mine)
+                return first_inputs(self.model, self.decoder, rows, pad, self.device, file, self.ranks.mine)
         finally:
             for name, parameter in before.items():
                 put(self.model, name, parameter)
@@ -127,9 +137,7 @@ class Walk:
             finite &= torch.isfinite(out).all()
             batch.hidden_NTD.copy_(out)
         if not finite:
-            raise ValueError(
-                f"{self.name}.{i}: its output holds NaN or infinity on the calibration rows; {self.remedy}"
-            )
+            raise ValueError(f"{self.full(i)}: its output holds NaN or infinity on the calibration rows; {self.remedy}")
 
     @property
     def remedy(self) -> str:
