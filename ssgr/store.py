@@ -115,6 +115,16 @@ class Store:
             (self.misses if made else self.hits)[stage] += 1
         return Artefact(folder, key, stage, StageRun(manifest.seconds, not made, manifest.peak_rss_mib))
 
+    def alike(self, stage: str, inputs: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """Every sound result of `stage` that was made from `inputs`: its folder and the configuration it was made with."""
+        for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
+            if path.parent.suffix:  # unfinished, or damaged
+                continue
+            with contextlib.suppress(_Damaged, OSError, ValueError, KeyError):
+                found = json.loads(path.read_text())
+                if found["inputs"] == dict(inputs) and _read(path.parent) is not None:
+                    yield path.parent, found["config"]
+
     def _open(self, stage: str) -> Path:
         folder = self.root / stage
         try:

@@ -14,7 +14,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request
-from ssgr.sampler.hf import HfSampler, decode, pick, stop_ids
+from ssgr.sampler.batch import decode
+from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.sampler.nucleus import pick
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.stages.sample import sample, seconds
 from ssgr.tables import read_traces, write_traces

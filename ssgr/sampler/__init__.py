@@ -34,11 +34,20 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Request:
-    """One attempt that is to be sampled."""
+    """One attempt that is to be sampled; `limit` caps its response below what the decoding allows.
+
+    `begun` are the first tokens of the response, where it was cut at a smaller cap: an engine goes on from there, or anew.
+    """
 
     problem_id: str
     attempt: int
     prompt_ids: tuple[int, ...]
+    limit: int | None = None
+    begun: tuple[int, ...] = ()
+
+    def most(self, decoding: Decoding) -> int:
+        """Tokens of the response at most."""
+        return min(self.limit or decoding.max_new_tokens, decoding.max_new_tokens)
 
     def seed(self, seed: int) -> int:
         """The seed of this attempt: the same whatever the batch, the model or the order."""

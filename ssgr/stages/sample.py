@@ -7,7 +7,8 @@ import logging
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -33,10 +34,12 @@ def sample(
     decoding: Decoding,
     work: Path,
     what: str = "sample",
+    earlier: Callable[[], Iterable[Trace]] = tuple,
 ) -> list[Trace]:
     """Draw `decoding.attempts` traces of each problem into `work`/traces.parquet, ordered by problem and attempt.
 
-    Finished batches lie in `work`/parts; a run that is started again samples only what is missing.
+    Finished batches lie in `work`/parts; a run that is started again samples only what is missing. `earlier` gives traces
+    that were drawn likewise under another cap: those that ended are taken, those that were cut are gone on with.
 
     Raises:
         ValueError: a prompt leaves no room in the context, or the sampler's saved traces do not serve.
@@ -45,8 +48,14 @@ def sample(
     parts.mkdir(exist_ok=True)
     saved = [whole] if whole.exists() else sorted(parts.glob("*.parquet"))  # whole: killed while it was published
     have = {(t.problem_id, t.attempt): t for part in saved for t in _saved(part)}
+    asked = {(problem.id, attempt) for problem in problems for attempt in range(decoding.attempts)}
+    taken, begun = _taken(earlier() if asked - have.keys() else (), asked - have.keys(), decoding.max_new_tokens)
+    if taken or begun:
+        _log.info("%s: %d traces of other runs are taken, and %d are gone on with", what, len(taken), len(begun))
+        write_traces(parts / f"{uuid.uuid4().hex}.parquet", list(taken.values()))
+        have |= taken
     requests = [
-        Request(problem.id, attempt, prompt_ids(problem.question))
+        Request(problem.id, attempt, prompt_ids(problem.question), begun=begun.get((problem.id, attempt), ()))
         for problem in problems
         for attempt in range(decoding.attempts)
     ]
@@ -68,6 +77,26 @@ def sample(
     write_traces(whole, traces)
     shutil.rmtree(parts)
     return traces
+
+
+_At = tuple[str, int]  # problem and attempt
+
+
+def _taken(earlier: Iterable[Trace], asked: set[_At], cap: int) -> tuple[dict[_At, Trace], dict[_At, tuple[int, ...]]]:
+    """Of `earlier` traces those that are what would be drawn with this cap, and the beginnings of others."""
+    taken: dict[_At, Trace] = {}
+    begun: dict[_At, tuple[int, ...]] = {}
+    for trace in earlier:
+        at, ids = (trace.problem_id, trace.attempt), trace.generated_ids
+        if at not in asked:
+            continue
+        if len(ids) > cap:
+            taken[at] = replace(trace, generated_ids=ids[:cap], finish="length")
+        elif trace.finish == "stop" or len(ids) == cap:
+            taken[at] = trace
+        elif len(ids) > len(begun.get(at, ())):
+            begun[at] = ids
+    return taken, {at: ids for at, ids in begun.items() if at not in taken}
 
 
 def _saved(part: Path) -> list[Trace]:

@@ -1,0 +1,162 @@
+"""Continuous batching: what a row says is its own, whoever shares the step, whenever it came and whatever place it has."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)  # fmt: skip
+
+from ssgr.problems.arithmetic import ArithmeticProblems
+from ssgr.records import Trace
+from ssgr.sampler import Decoding, Request, slots
+from ssgr.sampler.batch import decode as decode_batch
+from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.stages.sample import sample
+from tests.conftest import TINY, random_model
+from tests.test_sampler import requests
+
+SIZE = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "initializer_range": 0.4,
+}  # fmt: skip
+FAMILIES = ["llama", "qwen2", "qwen3", "olmo2", "phi3", "granite", "gpt_neox", "qwen3_moe", "mixtral", "gpt2"]
+
+
+def made(kind: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    own = {"head_dim": 8} if kind.startswith("qwen3") else {}
+    own |= {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2} if kind == "qwen3_moe" else {}
+    own |= {"num_local_experts": 4, "sliding_window": None} if kind == "mixtral" else {}
+    own |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256} if kind == "gpt2" else {}
+    config = AutoConfig.for_model(kind, **{**SIZE, **own})
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+
+
+def ragged(rows: int = 23, seed: int = 0) -> list[Request]:
+    """Prompts of one to thirty tokens, some the same, each with a limit of its own."""
+    rng = random.Random(seed)
+    prompts = [tuple(rng.choices(range(3, 96), k=rng.randrange(1, 30))) for _ in range(rows // 2)]
+    return [Request(str(i), i % 2, rng.choice(prompts), rng.randrange(1, 60)) for i in range(rows)]
+
+
+def by_id(traces: list[Trace]) -> dict[tuple[str, int], Trace]:
+    return {(t.problem_id, t.attempt): t for t in traces}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_greedy_decoding_is_that_of_generate_one_row_at_a_time(kind: str) -> None:
+    model, rows = made(kind), ragged()
+    assert slots.serves(model)
+    got = by_id([t for some in slots.decode(model, rows, Decoding(1, 0, 1, 60, 0), frozenset({2}), 9) for t in some])
+    assert len(got) == len(rows)
+    for row in rows:
+        config = GenerationConfig(do_sample=False, max_new_tokens=row.limit, eos_token_id=2, pad_token_id=0)
+        ids_NT = torch.tensor([row.prompt_ids])
+        want = model.generate(ids_NT, attention_mask=torch.ones_like(ids_NT), generation_config=config)
+        trace = got[row.problem_id, row.attempt]
+        assert list(trace.generated_ids) == want[0, len(row.prompt_ids) :].tolist()
+        assert trace.finish == ("stop" if trace.generated_ids[-1] == 2 else "length")
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 16, 64])
+def test_traces_are_those_of_single_rows_whatever_the_slots(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = [
+        Request(r.problem_id, r.attempt, r.prompt_ids, 5 + 13 * i % 90) for i, r in enumerate(requests(tokenizer, 16))
+    ]
+    decoding, stop = Decoding(2, 0.6, 0.95, 120, 3), stop_ids(model, tokenizer)
+    got = by_id([t for some in slots.decode(model, rows, decoding, stop, size) for t in some])
+    want = by_id([t for row in rows for t in decode_batch(model, [row], decoding, stop)])
+    assert got == want
+    assert {t.finish for t in got.values()} == {"stop", "length"}
+
+
+def test_the_longest_rows_keep_the_first_shelves() -> None:
+    """The invariant that makes shelves worth it, through many arrivals and departures."""
+    model, rng = made("llama"), random.Random(1)
+    rows = [Request(str(i), 0, tuple(rng.choices(range(3, 96), k=4)), rng.randrange(1, 90)) for i in range(160)]
+    read, least = 0, 0
+    before = slots.Slots.step
+
+    def step(self: slots.Slots, decoding: Decoding) -> list[int]:
+        nonlocal read, least
+        out = before(self, decoding)
+        lengths = self.length_N[: len(self.rows)]
+        read += sum((last - first) * tokens for first, last, tokens, _ in self.shelves)
+        ideal = sorted(lengths, reverse=True)
+        least += sum((last - first) * int(ideal[first]) for first, last, *_ in self.shelves)
+        return out
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots.Slots, "step", step)
+        done = [t for some in slots.decode(model, rows, Decoding(1, 1, 1, 90, 0), frozenset(), 32) for t in some]
+    assert sorted(len(t.generated_ids) for t in done) == sorted(row.limit or 0 for row in rows)
+    assert read <= 1.1 * least
+
+
+def test_traces_come_as_they_are_finished(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = TINY.load()
+    rows = requests(tokenizer, problems=20)
+    some = [len(batch) for batch in HfSampler(8).sample(model, tokenizer, rows, Decoding(2, 0.6, 0.95, 100, 0))]
+    assert sum(some) == 40 and len(some) >= 4 and max(some) <= 15
+    assert model.config._attn_implementation == "sdpa"  # as it was
+
+
+def test_models_that_slots_do_not_serve_are_decoded_in_batches(tokenizer: PreTrainedTokenizerBase) -> None:
+    config: PretrainedConfig = Gemma3TextConfig(**{**SIZE, "head_dim": 8, "sliding_window": 8})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    assert not slots.serves(model)
+    rows = [Request(str(i), 0, tuple(range(3, 9 + i)), 4 + i) for i in range(5)]
+    got = [t for some in HfSampler(2).sample(model, tokenizer, rows, Decoding(1, 0, 1, 20, 0)) for t in some]
+    assert all(len(t.generated_ids) <= 4 + int(t.problem_id) for t in got) and len(got) == 5
+    eager = random_model()
+    eager.set_attn_implementation("eager")
+    assert not slots.serves(eager)
+
+
+def test_a_larger_cap_goes_on_with_what_was_cut(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Through the whole chain of the stage: other traces are taken or gone on with, and end as if drawn at once."""
+    problems = ArithmeticProblems((2, 3), 1, 10, 5).read("test")
+    prompt = lambda question: TINY.prompt_ids(tokenizer, question)
+    steps = 0
+    before = slots.Slots.step
+
+    def step(self: slots.Slots, decoding: Decoding) -> list[int]:
+        nonlocal steps
+        steps += len(self.rows)
+        return before(self, decoding)
+
+    def run(name: str, attempts: int, cap: int, earlier: list[Trace]) -> list[Trace]:
+        (tmp_path / name).mkdir()
+        given = (
+            problems,
+            HfSampler(8),
+            Decoding(attempts, 0.6, 0.95, cap, 0),
+            tmp_path / name,
+            "sample",
+            lambda: earlier,
+        )
+        return sample(TINY.load, tokenizer, prompt, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots.Slots, "step", step)
+        short = run("short", 1, 40, [])
+        whole = run("whole", 2, 120, [])
+        steps = 0
+        assert run("on", 2, 120, short) == whole
+        assert steps == sum(len(t.generated_ids) for t in whole) - sum(len(t.generated_ids) for t in short)
+        steps = 0
+        assert run("less", 1, 40, whole) == short and steps == 0
+    assert {trace.finish for trace in short} == {"stop", "length"}
