@@ -25,6 +25,7 @@ NEEDS = {  # what a choice cannot know by itself
     "problems/jsonl": ["problems.path=x.jsonl"],
     "problems/hub": ["problems.path=some/dataset"],
     "sampler/replay": ["sampler.engine.path=x.parquet"],
+    "sampler/server": ["sampler.engine.url=http://127.0.0.1:1/v1"],
 }
 
 

@@ -1,0 +1,204 @@
+"""Sampling from a server with an OpenAI-compatible completions interface: vLLM, SGLang, llama.cpp.
+
+Prompts go out as token ids. Responses come back as token ids where the server gives them: vLLM and SGLang on request
+(`return_token_ids`), llama.cpp likewise (`return_tokens`).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ssgr.records import Finish, Trace
+from ssgr.sampler import Decoding, Request
+
+_YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
+_LONGEST_PAUSE = 60.0  # seconds between two tries
+_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that a later try may turn
+
+
+@dataclass(frozen=True)
+class ServerSampler:
+    """The model that a server at `url` serves as `served` (None: the only one it names), which must be the configured one.
+
+    `concurrency` requests are under way at a time; each is tried 1 + `retries` times, with pauses that double, and may take
+    `timeout` seconds. A server that gives text only is refused unless `allow_retokenise`: the ids of its text may differ
+    from those that the model drew. The key, if one is needed, is read from the environment variable `key_variable`.
+
+    Raises:
+        ValueError: a number is too small.
+    """
+
+    url: str = field(metadata={"key": False})
+    served: str | None = None
+    allow_retokenise: bool = False
+    concurrency: int = field(default=64, metadata={"key": False})
+    retries: int = field(default=6, metadata={"key": False})
+    timeout: float = field(default=3600.0, metadata={"key": False})
+    key_variable: str = field(default="OPENAI_API_KEY", metadata={"key": False})
+
+    def __post_init__(self) -> None:
+        for name, least in (("concurrency", 1), ("retries", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"sampler.engine.{name}={getattr(self, name)}: give {least} or more")
+        if not self.timeout > 0:
+            raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0")
+
+    @property
+    def wants_model(self) -> bool:
+        """False: the server runs it."""
+        return False
+
+    def sample(
+        self,
+        model: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        decoding: Decoding,
+    ) -> Iterator[list[Trace]]:
+        """Yield the traces of all `requests` as they come.
+
+        Raises:
+            ValueError: the server cannot be reached, refuses a request, goes away for longer than the tries last, changes
+                a prompt, or gives no token ids. What came before has been yielded.
+        """
+        key = os.environ.get(self.key_variable, "")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        limits = httpx.Limits(max_connections=self.concurrency)
+        with (
+            httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client,
+            ThreadPoolExecutor(self.concurrency) as pool,
+        ):
+            ask = _Asking(self, client, self._name(client), tokenizer, decoding)
+            yield from _as_they_come(pool, ask, requests, self.concurrency)
+
+    def _name(self, client: httpx.Client) -> str:
+        """What the server calls the model."""
+        try:
+            answer = client.get("models", timeout=min(self.timeout, 30.0))
+            answer.raise_for_status()
+            names = [str(one["id"]) for one in answer.json()["data"]]
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"sampler.engine.url={self.url} does not answer ({_short(error)}); start the server (vllm serve MODEL, say), or "
+                "type sampler.engine.url=http://HOST:PORT/v1"
+            ) from error
+        if self.served is None and len(names) == 1:
+            return names[0]
+        if self.served not in names:
+            raise ValueError(
+                f"sampler.engine.served={self.served}: the server has {', '.join(names) or 'no model'}; type one of them"
+            )
+        assert self.served is not None
+        return self.served
+
+
+@dataclass
+class _Asking:
+    """One request after another, from any thread."""
+
+    engine: ServerSampler
+    client: httpx.Client
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+    decoding: Decoding
+    stopped: threading.Event = field(default_factory=threading.Event)
+
+    def __call__(self, request: Request) -> Trace:
+        """The trace of `request`.
+
+        Raises:
+            ValueError: there is none.
+        """
+        most, seed = request.most(self.decoding), request.seed(self.decoding.seed)
+        body = {
+            "model": self.name, "prompt": list(request.prompt_ids), "max_tokens": most, "temperature": self.decoding.temperature,
+            "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True, "return_tokens": True,
+        }  # fmt: skip
+        choice = self._post(request, body)
+        back = choice.get("prompt_token_ids")
+        if back is not None and list(back) != list(request.prompt_ids):
+            raise ValueError(
+                f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(request.prompt_ids)} ids "
+                f"went out and {len(back)} came back; is it another tokenizer, or does it add a BOS?"
+            )
+        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
+        ids = self._ids(choice)
+        if finish == "stop" and (not ids or ids[-1] not in self.tokenizer.all_special_ids):
+            ids.append(int(self.tokenizer.eos_token_id))  # servers may leave out what ended the response
+        return Trace(request.problem_id, request.attempt, request.prompt_ids, tuple(ids), finish, seed)
+
+    def _post(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        said = ""
+        for attempt in range(1 + self.engine.retries):
+            if attempt and self.stopped.wait(min(2.0 ** (attempt - 1), _LONGEST_PAUSE)):
+                break
+            try:
+                answer = self.client.post("completions", json=body)
+                if answer.status_code == 200:
+                    found: dict[str, Any] = answer.json()["choices"][0]
+                    return found
+                said = f"{answer.status_code} {answer.text[:200]}"
+                if answer.status_code not in _PASSING:
+                    break
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+                said = _short(error)
+        raise ValueError(
+            f"sampler.engine.url={self.engine.url}: attempt {request.attempt} of {request.problem_id} failed: {said}; what was "
+            "sampled before is kept: type the same command again to go on"
+        )
+
+    def _ids(self, choice: dict[str, Any]) -> list[int]:
+        for name in ("token_ids", "tokens"):
+            if choice.get(name) is not None:
+                return [int(token) for token in choice[name]]
+        if not self.engine.allow_retokenise:
+            raise ValueError(
+                f"sampler.engine.url={self.engine.url} gives text and no token ids (vLLM 0.10.2 and later and SGLang do); type "
+                "sampler.engine.allow_retokenise=true to tokenise its text again, whose ids may not be those the model drew"
+            )
+        return list(self.tokenizer(choice["text"], add_special_tokens=False).input_ids)
+
+
+def _as_they_come(
+    pool: ThreadPoolExecutor, ask: _Asking, requests: Sequence[Request], at_once: int
+) -> Iterator[list[Trace]]:
+    """Ask for all `requests`; where one fails, hand on those that came, then raise."""
+    waiting, under_way = iter(requests), set[Future[Trace]]()
+    done: list[Trace] = []
+    failed: BaseException | None = None
+    due = time.monotonic() + _YIELD_SECONDS
+    try:
+        while True:
+            while failed is None and len(under_way) < at_once and (request := next(waiting, None)) is not None:
+                under_way.add(pool.submit(ask, request))
+            if not under_way:
+                break
+            ready, under_way = wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED)
+            for one in ready:
+                if error := one.exception():
+                    failed = failed or error
+                    ask.stopped.set()
+                else:
+                    done.append(one.result())
+            if done and (len(done) >= at_once or time.monotonic() > due):
+                yield done
+                done, due = [], time.monotonic() + _YIELD_SECONDS
+        if done:
+            yield done
+    finally:
+        ask.stopped.set()
+    if failed is not None:
+        raise failed
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]

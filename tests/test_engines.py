@@ -1,0 +1,233 @@
+"""Every engine keeps one contract, and what is special to servers: tries, text only, another tokenizer, a server that dies."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ssgr.problems.arithmetic import ArithmeticProblems
+from ssgr.records import Trace
+from ssgr.sampler import Decoding, Request, Sampler, batch, slots
+from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.sampler.replay import ReplaySampler
+from ssgr.sampler.server import ServerSampler
+from ssgr.stages.sample import sample
+from ssgr.tables import write_traces
+from tests.conftest import TINY
+from tests.test_sampler import requests
+
+SAMPLING = Decoding(2, 0.6, 0.95, 60, 0)
+
+
+@dataclass
+class Server:
+    """The tiny model behind the interface that vLLM has, one request at a time."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    refuse: int = 0  # so many requests are answered with 503 first
+    dies_after: int | None = None  # so many answers; then connections are cut
+    gives: str = "token_ids"  # or tokens, or text
+    bos: bool = False  # adds a token to each prompt
+    key: str = ""
+    served: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        request = Request("any", 0, tuple(body["prompt"]))
+        decoding = Decoding(1, body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
+        stop = stop_ids(self.model, self.tokenizer)
+        (trace,) = (t for some in slots.decode(self.model, [request], decoding, stop, 1) for t in some)
+        out = {
+            "finish_reason": trace.finish,
+            "text": self.tokenizer.decode(trace.generated_ids, skip_special_tokens=True),
+        }
+        if self.gives != "text":
+            out[self.gives] = list(trace.generated_ids)
+        return out | {"prompt_token_ids": [*([0] if self.bos else []), *body["prompt"]]}
+
+
+@contextmanager
+def running(server: Server) -> Iterator[str]:
+    """The address of `server` on this machine, while inside."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def reply(self, code: int, content: object) -> None:
+            text = json.dumps(content).encode()
+            self.send_response(code)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        def do_GET(self) -> None:
+            self.reply(200, {"data": [{"id": "tiny"}]})
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with server.lock:
+                if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+                    return self.reply(401, {"error": "no key"})
+                if server.refuse:
+                    server.refuse -= 1
+                    return self.reply(503, {"error": "busy"})
+                if server.dies_after is not None and server.served >= server.dies_after:
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return None
+                server.served += 1
+                return self.reply(200, {"choices": [server.complete(body)]})
+
+        def log_message(self, *args: object) -> None: ...
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.handle_error = lambda *args: None  # type: ignore[method-assign]
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}/v1"
+    finally:
+        http.shutdown()
+        http.server_close()
+        thread.join()
+
+
+class Batches(HfSampler):
+    """The hf engine with a model that slots do not serve."""
+
+    def sample(self, model: Any, tokenizer: Any, asked: Any, decoding: Decoding) -> Iterator[list[Trace]]:
+        for first in range(0, len(asked), self.batch_size):
+            yield batch.decode(model, asked[first : first + self.batch_size], decoding, stop_ids(model, tokenizer))
+
+
+@pytest.fixture(params=["slots", "batches", "server", "replay"])
+def engine(
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> Iterator[Callable[..., Sampler]]:
+    """Each engine, for some requests (what replay replays is what slots sampled of them)."""
+    model = TINY.load()
+    if request.param == "slots":
+        yield lambda *asked: HfSampler(7)
+    elif request.param == "batches":
+        yield lambda *asked: Batches(7)
+    elif request.param == "server":
+        with running(Server(model, tokenizer)) as url:
+            yield lambda *asked: ServerSampler(url, concurrency=3)
+    else:
+
+        def replay(asked: list[Request], decoding: Decoding) -> Sampler:
+            traces = [t for some in HfSampler(7).sample(model, tokenizer, asked, decoding) for t in some]
+            write_traces(tmp_path / "traces.parquet", traces)
+            return ReplaySampler(str(tmp_path / "traces.parquet"), True)
+
+        yield replay
+
+
+def drawn(engine: Callable[..., Sampler], tokenizer: Any, asked: list[Request], decoding: Decoding) -> dict[Any, Trace]:
+    own = engine(asked, decoding)
+    model = TINY.load() if own.wants_model else None
+    out = [trace for some in own.sample(model, tokenizer, asked, decoding) for trace in some]
+    assert len(out) == len(asked)
+    return {(trace.problem_id, trace.attempt): trace for trace in out}
+
+
+def test_an_engine_keeps_the_contract(engine: Callable[..., Sampler], tokenizer: PreTrainedTokenizerBase) -> None:
+    asked = [
+        Request(r.problem_id, r.attempt, r.prompt_ids, 8 + 7 * i % 50) for i, r in enumerate(requests(tokenizer, 10))
+    ]
+    first, again = (drawn(engine, tokenizer, asked, SAMPLING) for _ in range(2))
+    assert first == again, "the same seed gives the same traces"
+    stop = stop_ids(TINY.load(), tokenizer)
+    for one in asked:
+        trace = first[one.problem_id, one.attempt]
+        assert trace.prompt_ids == one.prompt_ids
+        assert 1 <= len(trace.generated_ids) <= one.most(SAMPLING)
+        assert (trace.generated_ids[-1] in stop) == (trace.finish == "stop")
+        assert not stop & set(trace.generated_ids[:-1])
+        assert trace.finish == "stop" or len(trace.generated_ids) == one.most(SAMPLING)
+    assert {trace.finish for trace in first.values()} == {"stop", "length"}
+    others = [first[name, 0] != first[name, 1] for name, attempt in first if attempt == 1]
+    assert any(others), "attempts differ"
+    if not isinstance(engine(asked, SAMPLING), ReplaySampler):
+        assert first != drawn(engine, tokenizer, asked, Decoding(2, 0.6, 0.95, 60, 1)), "seeds differ"
+    greedy = drawn(engine, tokenizer, asked, Decoding(2, 0.0, 1.0, 60, 0))
+    pairs = [(greedy[n, 0].generated_ids, greedy[n, 1].generated_ids) for n, attempt in greedy if attempt == 1]
+    assert all(a[: len(b)] == b[: len(a)] for a, b in pairs)
+
+
+def ask(url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, **how: Any) -> list[Trace]:
+    asked = requests(tokenizer, count, 1)
+    own = ServerSampler(url, concurrency=2, **{"retries": 1, **how})
+    return [t for some in own.sample(None, tokenizer, asked, SAMPLING) for t in some]
+
+
+def test_a_busy_server_is_asked_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    with running(Server(TINY.load(), tokenizer, refuse=3)) as url:
+        assert len(ask(url, tokenizer, retries=3)) == 4
+    with (
+        running(Server(TINY.load(), tokenizer, refuse=99)) as url,
+        pytest.raises(ValueError, match=r"failed: 503.*type the same"),
+    ):
+        ask(url, tokenizer)
+
+
+def test_text_alone_is_refused_unless_it_may_be_tokenised_again(tokenizer: PreTrainedTokenizerBase) -> None:
+    with running(Server(TINY.load(), tokenizer)) as url:
+        want = {t.problem_id: t for t in ask(url, tokenizer)}
+    with running(Server(TINY.load(), tokenizer, gives="text")) as url:
+        with pytest.raises(ValueError, match=r"no token ids.*type sampler.engine.allow_retokenise=true"):
+            ask(url, tokenizer)
+        got = {t.problem_id: t for t in ask(url, tokenizer, allow_retokenise=True)}
+    assert got.keys() == want.keys() and all(got[name].finish == want[name].finish for name in want)
+    with running(Server(TINY.load(), tokenizer, gives="tokens")) as url:
+        assert {t.problem_id: t for t in ask(url, tokenizer)} == want
+
+
+def test_a_prompt_that_comes_back_changed_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with running(Server(TINY.load(), tokenizer, bos=True)) as url, pytest.raises(ValueError, match="does it add a BOS"):
+        ask(url, tokenizer)
+
+
+def test_keys_and_names(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OWN_KEY", "secret")
+    with running(Server(TINY.load(), tokenizer, key="secret")) as url:
+        assert len(ask(url, tokenizer, key_variable="OWN_KEY")) == 4
+        with pytest.raises(ValueError, match="401") as caught:
+            ask(url, tokenizer, key_variable="NONE_SUCH")
+        assert "secret" not in str(caught.value)
+        with pytest.raises(ValueError, match=r"served=other: the server has tiny; type one"):
+            ask(url, tokenizer, served="other")
+
+
+def test_no_server_is_one_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    with pytest.raises(ValueError, match=r"does not answer \(ConnectError.*type sampler.engine.url=http://HOST"):
+        ask(url, tokenizer)
+
+
+def test_a_server_that_dies_loses_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    problems = ArithmeticProblems((1,), 1, 8, 5).read("test")
+
+    def run(url: str) -> list[Trace]:
+        own = ServerSampler(url, concurrency=2, retries=1)
+        prompt = lambda question: TINY.prompt_ids(tokenizer, question)
+        return sample(TINY.load, tokenizer, prompt, problems, own, Decoding(1, 0.6, 0.95, 60, 0), tmp_path)
+
+    dying = Server(TINY.load(), tokenizer, dies_after=5)
+    with running(dying) as url, pytest.raises(ValueError, match="what was sampled before is kept"):
+        run(url)
+    assert dying.served == 5
+    other = Server(TINY.load(), tokenizer)
+    with running(other) as url:
+        assert len(run(url)) == 8
+    assert other.served == 3, "only what was missing is asked for"
