@@ -25,13 +25,13 @@ def imports(file: Path) -> set[str]:
 
 
 def floor(module: str) -> int:
-    """0 records; 1 policy and store; 2 rooms with variants; 3 stages and report; 4 the pipeline."""
+    """0 records; 1 policy and store; 2 rooms with variants; 3 stages and report; 4 the pipeline and commands."""
     parts = module.split(".")
     if len(parts) < 2:
         return 0
     if parts[1] in VARIANT_ROOMS:
         return 2
-    return {"records": 0, "stages": 3, "report": 3, "pipeline": 4}.get(parts[1], 1)
+    return {"records": 0, "stages": 3, "report": 3, "pipeline": 4, "grade": 4}.get(parts[1], 1)
 
 
 def name_of(file: Path) -> str:

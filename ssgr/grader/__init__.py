@@ -11,10 +11,11 @@ from ssgr.records import Verdict
 
 @dataclass(frozen=True)
 class Grade:
-    """What the grader says of a response, and the answer that was found in it."""
+    """What the grader says of a response, the answer that was found in it, and why the grader failed if it did."""
 
     verdict: Verdict
     answer: str | None = None
+    why: str | None = None
 
 
 class Grader(Protocol):

@@ -98,8 +98,8 @@ class _Child:
         process = self.process or self._start()
         reply = self._say(process, [gold, answer], self.seconds)
         if reply is None:
-            return Grade(Verdict.GRADER_FAILED)
-        return Grade(Verdict(reply[0]), reply[1])
+            return Grade(Verdict.GRADER_FAILED, why=f"over {self.seconds:g} s or {self.memory_gib:g} GiB")
+        return Grade(Verdict(reply[0]), *reply[1:])
 
     def close(self) -> None:
         """Kill the process and wait until it is gone."""
@@ -218,8 +218,8 @@ def _address_space(name: str) -> int:
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
-def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None]:
-    """The verdict on one answer and what was extracted from it, in this process and without any limit.
+def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
+    """The verdict on one answer, what was extracted from it, and why the grader failed; here, and without any limit.
 
     Raises:
         MemoryError: the process is not to be used any more.
@@ -233,22 +233,22 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None]:
         found = parse(answer)
     except MemoryError:
         raise
-    except Exception:
-        return Verdict.GRADER_FAILED, None
+    except Exception as error:
+        return Verdict.GRADER_FAILED, None, f"parsing raised {type(error).__name__}"
     if not golds:
-        return Verdict.GRADER_FAILED, None
+        return Verdict.GRADER_FAILED, None, f"the gold answer {gold[:40]!r} cannot be read"
     if not found:
-        return Verdict.NO_ANSWER, None
-    text, raised = str(found[-1]), False
+        return Verdict.NO_ANSWER, None, None
+    text, raised = str(found[-1]), ""
     for one_gold, one in product(golds, found):
         try:
             if verify(one_gold, one, timeout_seconds=None, raise_on_error=True):
-                return Verdict.RIGHT, text
+                return Verdict.RIGHT, text, None
         except MemoryError:
             raise
-        except Exception:
-            raised = True
-    return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text
+        except Exception as error:
+            raised = f"comparing raised {type(error).__name__}"
+    return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
 
 
 if __name__ == "__main__":

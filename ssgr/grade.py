@@ -1,0 +1,118 @@
+"""Grade any file of answers: python -m ssgr.grade --grader math IN.jsonl OUT.jsonl.
+
+IN has a JSON object a line with `id`, `gold` and `pred` (a short answer or a whole response). OUT has as many lines in the
+same order with `id`, `verdict` (right, wrong, no_answer, grader_failed), `extracted` (what was found, or null), and where
+the grader failed `why`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssgr.grader import Grade, Grader
+from ssgr.grader.choice import Choice
+from ssgr.grader.exact import Exact
+from ssgr.grader.math import MathVerify
+from ssgr.records import Verdict
+from ssgr.stages.progress import Progress
+
+_CHUNK = 1000  # answers graded between two marks of progress
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The lines of `path`.
+
+    Raises:
+        ValueError: a line is not a JSON object, lacks a field, or has the id of another; the line is named.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: there is no such file; give a JSONL file with id, gold and pred")
+    out: list[dict[str, str]] = []
+    seen: dict[str, int] = {}
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{path.name}, line {number}: not JSON ({str(error)[:80]})") from error
+            lacking = [f for f in ("id", "gold", "pred") if not isinstance(row, dict) or f not in row]
+            if lacking:
+                raise ValueError(
+                    f"{path.name}, line {number}: lacks {', '.join(lacking)}; a line has id, gold and pred"
+                )
+            name = str(row["id"])
+            if name in seen:
+                raise ValueError(
+                    f"{path.name}, line {number}: its id {name!r} is that of line {seen[name]}; ids are unique"
+                )
+            seen[name] = number
+            out.append({"id": row["id"], **{f: "" if row[f] is None else str(row[f]) for f in ("gold", "pred")}})
+    if not out:
+        raise ValueError(f"{path}: it holds no answers")
+    return out
+
+
+def grade(grader: Grader, rows: Sequence[dict[str, str]], out: Path) -> Counter[Verdict]:
+    """Grade `rows` and write `out`, whole or not at all; how often each verdict was given."""
+    beside, counts = out.with_name(f"{out.name}.part"), Counter[Verdict]()
+    with beside.open("w", encoding="utf-8") as file, Progress("grade", len(rows)) as progress:
+        for first in range(0, len(rows), _CHUNK):
+            some = rows[first : first + _CHUNK]
+            grades = grader.grade([(row["gold"], row["pred"]) for row in some])
+            for row, one in zip(some, grades, strict=True):
+                file.write(json.dumps(_line(row["id"], one)) + "\n")
+                counts[one.verdict] += 1
+            progress.step(len(some))
+    beside.replace(out)
+    return counts
+
+
+def _line(name: str, one: Grade) -> dict[str, str | None]:
+    line = {"id": name, "verdict": str(one.verdict), "extracted": one.answer}
+    return line | ({"why": one.why} if one.why else {})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Grade a file.
+
+    Raises:
+        SystemExit: it cannot be read, or the result cannot be written.
+    """
+    parser = argparse.ArgumentParser(prog="python -m ssgr.grade", description=__doc__)
+    parser.add_argument("input", type=Path, help="JSONL file with id, gold and pred")
+    parser.add_argument("output", type=Path, help="JSONL file to write")
+    parser.add_argument("--grader", choices=["math", "exact", "choice"], default="math")
+    parser.add_argument(
+        "--end-think", default="</think>", help="the answer is what follows the last such tag; '' for all"
+    )
+    parser.add_argument("--require-end-think", action="store_true", help="without the tag there is no answer")
+    parser.add_argument("--seconds", type=float, default=5.0, help="limit of an answer (math)")
+    parser.add_argument("--memory-gib", type=float, default=2.0, help="limit of an answer (math)")
+    parser.add_argument("--workers", type=int, help="child processes; one a core by default (math)")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    think = {"end_think": args.end_think, "require_end_think": args.require_end_think}
+    try:
+        limits = (args.seconds, args.memory_gib, args.workers)
+        grader: Grader = (
+            MathVerify(*limits, **think)
+            if args.grader == "math"
+            else (Exact(**think) if args.grader == "exact" else Choice(**think))
+        )
+        counts = grade(grader, read(args.input), args.output)
+    except (ValueError, OSError) as error:
+        sys.exit(f"grade: {error}")
+    print(f"{sum(counts.values())} answers: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
+    print(f"verdicts: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The multiple-choice grader: the letter that a response ends on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssgr.grader import Grade, answer_part
+from ssgr.records import Verdict
+
+_LETTER = r"[(\[{*$ ]*(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?([A-Z])(?![A-Za-z'\u2019])"
+_STATED = (  # the surest first; of each the last in the text counts
+    re.compile(r"\\boxed\s*{" + _LETTER),
+    re.compile(r"(?i:answer|choice|option)[*_]*\s*(?i:is|would be|:|=)?\s*[:=]?[*_]*\s*" + _LETTER),
+    re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[.):]\s", re.MULTILINE),
+    re.compile(r"(?<![A-Za-z'\u2019])[(]?([B-HJ-Z])(?![A-Za-z'\u2019])"),  # A and I are words
+)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Compare the letter that the answer part states with the gold letter.
+
+    The letter is the last in a box; without one, the last after "answer", "choice" or "option"; without that, the last
+    that opens a line or stands on one alone; without that, the last capital that stands alone, A and I left out.
+    """
+
+    end_think: str | None = "</think>"
+    require_end_think: bool = True
+
+    def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
+        """Grade (gold letter, response) pairs, in order; a gold that is no letter is `grader_failed`."""
+        return [self._one(gold, response) for gold, response in pairs]
+
+    def _one(self, gold: str, response: str) -> Grade:
+        wanted = re.fullmatch(r"[(\s]*([A-Za-z])[).\s]*", gold)
+        if not wanted:
+            return Grade(Verdict.GRADER_FAILED, why=f"the gold answer {gold[:40]!r} is no letter")
+        part = answer_part(response, self.end_think, self.require_end_think)
+        found = letter(part) if part else None
+        if found is None:
+            return Grade(Verdict.NO_ANSWER)
+        return Grade(Verdict.RIGHT if found == wanted[1].upper() else Verdict.WRONG, found)
+
+
+def letter(text: str) -> str | None:
+    """The letter that `text` states, or None."""
+    for pattern in _STATED:
+        if found := pattern.findall(text):
+            return next((group for group in found[-1] if group), None) if isinstance(found[-1], tuple) else found[-1]
+    return None

@@ -1,0 +1,86 @@
+"""python -m ssgr.grade: any file of answers, one verdict a line, in order; and the letters of multiple choice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssgr.grader.choice import Choice, letter
+from ssgr.records import Verdict
+
+ROOT = Path(__file__).parents[1]
+
+
+def grade(*args: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "ssgr.grade", *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
+    answers = [
+        ("1/2", "$0.5$", "right"), ("7", "<think>8</think>So it is \\boxed{7}.", "right"), ("7", "8", "wrong"),
+        ("7", "", "no_answer"), ("7", None, "no_answer"), ("7", "{" * 1_000_000, "no_answer"),
+        ("3", "$5^{5^{5^{5^{5}}}}$", "grader_failed"), ("12", "$12$ \u202e\x00\x1b[31m", "right"),
+        (" ", "$1$", "grader_failed"), (5, 5, "right"),
+    ]  # fmt: skip
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(json.dumps({"id": i, "gold": g, "pred": p}) for i, (g, p, _) in enumerate(answers)))
+    done = grade("--grader", "math", "--seconds", 3, "--workers", 2, source, out)
+    assert done.returncode == 0, done.stderr
+    got = lines(out)
+    assert [line["id"] for line in got] == list(range(len(answers)))
+    assert [line["verdict"] for line in got] == [verdict for *_, verdict in answers]
+    assert got[1]["extracted"] == "7" and "over 3 s" in got[6]["why"] and "cannot be read" in got[8]["why"]
+    assert "10 answers: 4 right, 3 no_answer, 2 grader_failed, 1 wrong" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "line 1: not JSON"), ('{"id": 1, "gold": "2"}', "line 1: lacks pred"), ("[]", "lacks id, gold, pred"),
+        ('{"id": 1, "gold": "2", "pred": "2"}\n' * 2, "line 2: its id '1' is that of line 1"), ("", "holds no answers"),
+    ],
+)  # fmt: skip
+def test_a_bad_file_is_named_and_nothing_is_written(content: str, said: str, tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(content)
+    done = grade(source, out)
+    assert done.returncode == 1 and said in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists() and list(tmp_path.iterdir()) == [source]
+
+
+def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
+    done = grade(tmp_path / "no.jsonl", tmp_path / "out.jsonl")
+    assert done.returncode == 1 and "there is no such file" in done.stderr
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "gold": "2", "pred": "2"}')
+    done = grade("--grader", "exact", tmp_path / "in.jsonl", tmp_path / "no" / "out.jsonl")
+    assert done.returncode == 1 and "No such file or directory" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("\\boxed{C}", "C"), ("A or B? \\boxed{\\text{(D)}}", "D"), ("The answer is (B).", "B"),
+        ("**Answer:** C", "C"), ("Answer: A", "A"), ("The correct option is D) 4", "D"), ("I think B", "B"),
+        ("A\nB\nC", "C"), ("(A)", "A"), ("B. because A is wrong", "B"), ("Answer: B. But is the answer C? The answer is A", "A"),
+        ("I have no idea", None), ("A dog is an animal", None), ("", None), ("answer is $\\mathrm{E}$", "E"),
+        ("The answer is Berlin", None), ("The final answer is $\\boxed{A}$. I hope so", "A"),
+    ],
+)  # fmt: skip
+def test_letters(text: str, found: str | None) -> None:
+    assert letter(text) == found
+
+
+def test_choice_takes_the_answer_part_and_refuses_golds_that_are_no_letters() -> None:
+    grades = Choice().grade([("b", "A</think>(B)"), ("B", "B"), ("(C)", "</think>Answer: D"), ("blue", "</think>A")])
+    assert [g.verdict for g in grades] == [Verdict.RIGHT, Verdict.NO_ANSWER, Verdict.WRONG, Verdict.GRADER_FAILED]
+    assert Choice(require_end_think=False).grade([("B", "B")])[0].verdict is Verdict.RIGHT
+    assert grades[3].why == "the gold answer 'blue' is no letter"
