@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -22,7 +23,15 @@ class _BadRow(ValueError):
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column holds what; a column that a source lacks is null."""
+    """Which column holds what; a column that a source lacks is null.
+
+    Multiple choice: `choices` is the column that lists the options, and the answer a letter or a number from 0; or it names
+    the columns that hold one option each, the right one first. They are shown as A., B., ... in an order of their own for
+    each problem, drawn with the seed `shuffle` (null: as they stand). What is asked is `prompt` with the question in it.
+
+    Raises:
+        ValueError: `prompt` has no place for the question.
+    """
 
     question: str = "problem"
     answer: str = "answer"
@@ -30,6 +39,15 @@ class Columns:
     level: str | None = None
     solution: str | None = None
     answer_after: str | None = None  # the answer is what follows this mark in its column, as #### in GSM8K
+    choices: str | Sequence[str] | None = None
+    shuffle: int | None = None
+    prompt: str = "{question}"
+
+    def __post_init__(self) -> None:
+        if "{question}" not in self.prompt:
+            raise ValueError(
+                f"problems.columns.prompt={self.prompt!r}: it has no {{question}}, where the question is put"
+            )
 
     def problem(self, row: Mapping[str, Any], number: int, source: str) -> Problem:
         """One row as a problem.
@@ -37,25 +55,53 @@ class Columns:
         Raises:
             ValueError: no question or no answer; the row is named.
         """
-        for role in ("question", "answer"):
+        own = isinstance(self.choices, str) or self.choices is None  # the answer has a column of its own
+        for role in ("question", "answer") if own else ("question",):
             column = getattr(self, role)
             if row.get(column) in (None, ""):
                 raise _BadRow(
                     f"{source}, row {number}: no {role} in column {column!r}; its columns are {', '.join(row) or 'none'}. "
                     f"Type problems.columns.{role}=COLUMN, or mend the row"
                 )
-        answer, solution = str(row[self.answer]), row.get(self.solution) if self.solution else None
+        question = str(row[self.question])
+        solution = row.get(self.solution) if self.solution else None
+        if self.choices is None:
+            gold = row[self.answer]
+            answer = ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
+        else:
+            shown, answer = self._options(row, question, f"{source}, row {number}")
+            question = f"{question}\n\n{shown}"
         if self.answer_after and self.answer_after in answer:
             answer = answer.rsplit(self.answer_after, 1)[1].strip()
             solution = solution and str(solution).rsplit(self.answer_after, 1)[0].strip()
         return Problem(
             id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{number}",
-            question=str(row[self.question]),
+            question=self.prompt.replace("{question}", question),
             answer=answer,
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
             solution=str(solution) if solution else None,
         )
+
+    def _options(self, row: Mapping[str, Any], question: str, where: str) -> tuple[str, str]:
+        """The options as they are shown, and the letter of the right one."""
+        if isinstance(self.choices, str):
+            options, given = [str(one) for one in row.get(self.choices) or ()], str(row[self.answer]).strip()
+            right = ord(given.upper()) - ord("A") if given.isalpha() and len(given) == 1 else -1
+            right = int(given) if given.isdigit() else right
+        else:
+            options, right = [str(row[name]).strip() for name in self.choices or () if row.get(name)], 0
+        if not 0 <= right < len(options) or len(options) < 2:
+            raise _BadRow(
+                f"{where}: {len(options)} choices in {self.choices!r}, and the answer is none of them; type "
+                "problems.columns.choices=COLUMN, or mend the row"
+            )
+        order = list(range(len(options)))
+        if self.shuffle is not None:
+            random.Random(f"{self.shuffle}/{question}").shuffle(order)
+        letters = [chr(ord("A") + n) for n in range(len(options))]
+        shown = "\n".join(f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
+        return shown, letters[order.index(right)]
 
 
 def _level(value: object) -> int | None:
@@ -120,7 +166,10 @@ def _bucket(question: str) -> int:
 
 @dataclass(frozen=True)
 class HubProblems:
-    """Problems from a dataset id (or a local dataset folder) through the `datasets` library."""
+    """Problems from a dataset id (or a local dataset folder) through the `datasets` library.
+
+    `file` stands for the test split without the hub: a JSONL, Parquet or CSV file with the same columns.
+    """
 
     path: str
     columns: Columns
@@ -130,6 +179,7 @@ class HubProblems:
     revision: str | None = None
     limit: int | None = None
     streaming: bool = False
+    file: str | None = None
 
     def read(self, split: Split) -> list[Problem]:
         """The problems of `split`; like JSONL, one row in ten is the test split where the source has none.
@@ -141,10 +191,15 @@ class HubProblems:
 
         own = self.test_split is not None
         part = self.test_split if own and split == "test" else self.split
+        local = _file(self.file) if self.file and split == "test" else None
         try:
-            data = datasets.load_dataset(
-                self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
-            )
+            if local:
+                own, kind = True, {".parquet": "parquet", ".csv": "csv"}.get(local.suffix, "json")
+                data = datasets.load_dataset(kind, data_files=str(local), split="train", streaming=True)
+            else:
+                data = datasets.load_dataset(
+                    self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
+                )
             rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(data, 1))
             problems = list(islice(_of_split(rows, split, own), self.limit))
         except _BadRow:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssgr.grader import Grader
 from ssgr.intervals import majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.problems import Problems
 from ssgr.records import Graded, Outcome, Score, Verdict
@@ -29,6 +30,7 @@ class Bench:
     decoding: Decoding
     engine: Sampler
     problems: Problems | None = None  # None: the test split of the problems group
+    grader: Grader | None = None  # None: that of the grader group
 
 
 def is_looping(ids: Sequence[int]) -> bool:
