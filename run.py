@@ -71,6 +71,7 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         passing=Passing(cfg.propagate, cfg.order),
         statistic=cfg.collect.statistic,
         export=make("export"),
+        decontaminate=make("decontaminate"),
     )
 
 

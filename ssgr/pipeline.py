@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -22,8 +22,9 @@ from ssgr.calib import Material, Source
 from ssgr.grader import Grader
 from ssgr.model import Model, gguf
 from ssgr.problems import Problems, Split
+from ssgr.problems.decontaminate import Decontaminate, Hit
 from ssgr.pruner import Pruner, Statistic
-from ssgr.records import CalibrationSet, Problem, PruneResult, RunResult, Score, to_json
+from ssgr.records import MANY_CUT, CalibrationSet, Problem, PruneResult, RunResult, Score, Trace, to_json
 from ssgr.sampler import Decoding, Sampler
 from ssgr.scope import Scope
 from ssgr.select import Budget, Policy
@@ -60,12 +61,29 @@ class Experiment:
     passing: Passing = Passing()  # noqa: RUF009 - it is frozen
     statistic: Statistic = "gram"
     export: Export = Export()  # noqa: RUF009 - it is frozen
+    decontaminate: Decontaminate = Decontaminate()  # noqa: RUF009 - it is frozen
 
     def __post_init__(self) -> None:
         if self.statistic not in ("norm", "gram"):
             raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
         if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):
             raise ValueError(f"collect.statistic=norm: pruner={self.pruner.name} needs Gram matrices; type gram")
+        if not self.bench.engine.wants_model:
+            raise ValueError(
+                f"bench.engine={type(self.bench.engine).__name__} does not run the model that it is given, so the dense and the "
+                "pruned model would get the same answers: type bench.engine._target_=ssgr.sampler.hf.HfSampler"
+            )
+        if self.pruner.statistic == "gradient":
+            if self.passing.propagate == "dense":
+                raise ValueError(
+                    f"propagate=dense: pruner={self.pruner.name} needs gradients, which are not mixed after collection: type "
+                    "propagate=pruned"
+                )
+            if self.allocation.needs == "scores":
+                raise ValueError(
+                    f"allocation={self.allocation.name} needs the scores of the dense model, and those of "
+                    f"pruner={self.pruner.name} are known as its rows pass: type allocation=uniform, or owl"
+                )
 
     @property
     def collects(self) -> Statistic:
@@ -151,18 +169,31 @@ class _Flow:
             return at.load()
 
         def make(work: Path) -> None:
-            sample.sample(load, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name)
+            earlier = lambda: self._earlier(config, inputs)
+            sample.sample(load, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier)
 
         return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
 
-    def graded(self, name: str, sampled: Artefact, problems: list[Problem]) -> Artefact:
+    def _earlier(self, config: dict[str, Any], inputs: dict[str, str]) -> Iterator[Trace]:
+        """Traces that were sampled alike, but for their cap and their number."""
+
+        def bare(described: Any) -> Any:
+            decoding = {k: v for k, v in described["decoding"].items() if k not in ("attempts", "max_new_tokens")}
+            return {**described, "decoding": decoding}
+
+        wanted = bare(keys.describe(config))
+        for folder, found in self.store.alike("sample", inputs):
+            if bare(found) == wanted:
+                yield from tables.read_traces(folder / sample.TRACES)
+
+    def graded(self, name: str, sampled: Artefact, problems: list[Problem], grader: Grader) -> Artefact:
         def make(work: Path) -> None:
             traces = tables.read_traces(sampled.path / sample.TRACES)
-            graded = grade.grade(traces, problems, self.tokenizer, self.x.grader)
+            graded = grade.grade(traces, problems, self.tokenizer, grader)
             tables.write_graded(work / grade.GRADED, graded)
 
         answers = [(problem.id, problem.answer, problem.level) for problem in problems]
-        config = {"grader": self.x.grader, "answers": keys.digest(answers)}
+        config = {"grader": grader, "answers": keys.digest(answers)}
         return self._stage(name, "grade", grade.VERSION, config, {"sample": sampled.key}, make)
 
     def selected(self) -> Artefact:
@@ -173,36 +204,65 @@ class _Flow:
         graded: Artefact | None = None
         if needs == "traces":
             sampled, problems = self.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
-            graded = self.graded("grade", sampled, problems)
+            graded = self.graded("grade", sampled, problems, x.grader)
             inputs["grade"] = graded.key
         elif needs == "problems":
             problems = x.problems.read("calibration")
+        hits = self._hits(problems)
+        gone = {hit.id for hit in hits}
+        clean = [problem for problem in problems if problem.id not in gone]
         uses = x.calib.uses
         config = {
             "source": x.calib,
             "model": x.model,
-            "problems": keys.digest([dataclasses.replace(p, source="") for p in problems])
+            "problems": keys.digest([dataclasses.replace(p, source="") for p in clean])
             if needs == "problems"
             else None,
             "policy": x.policy if {"difficulty", "length"} & uses else None,
             "budget": x.budget,
         }
+        if gone and needs == "traces":
+            config["contaminated"] = sorted(gone)
 
         def make(work: Path) -> None:
+            traces = tables.read_graded(graded.path / grade.GRADED) if graded else []
             material = Material(
                 self.tokenizer,
                 self.prompt_ids,
-                problems,
-                tables.read_graded(graded.path / grade.GRADED) if graded else [],
+                clean,
+                [one for one in traces if one.trace.problem_id not in gone],
                 x.budget.tokens or (x.budget.rows or 0) * x.budget.max_row_tokens,
                 x.budget.max_row_tokens,
                 x.model.end_think,
             )
             chosen = select.select(x.calib, material, x.policy, x.budget)
+            if problems:
+                counted = (("problems", len(problems)), ("not in the benchmark", len(clean)))
+                chosen = dataclasses.replace(chosen, funnel=(*counted, *chosen.funnel))
+                (work / select.CONTAMINATED).write_text(json.dumps([to_json(hit) for hit in hits], indent=1))
             tables.write_rows(work / select.ROWS, chosen)
             (work / select.SUMMARY).write_text(json.dumps(chosen.summary(), indent=1))
 
         return self._stage("select", "select", select.VERSION, config, inputs, make)
+
+    def _hits(self, problems: list[Problem]) -> list[Hit]:
+        """The calibration problems that are those of the benchmark."""
+        x = self.x
+        if not problems:
+            return []
+        benchmark = (x.bench.problems or x.problems).read("test")
+        hits = x.decontaminate.hits(problems, benchmark)
+        if hits:
+            _log.warning(
+                "%d of %d calibration problems are in the benchmark and are left out, the first is %s (%s of %s: %s)",
+                len(hits), len(problems), hits[0].id, hits[0].benchmark_id, x.bench.name, hits[0].why,
+            )  # fmt: skip
+        if len(hits) == len(problems):
+            raise ValueError(
+                f"all {len(problems)} calibration problems are in the benchmark {x.bench.name}; choose another bench, other "
+                "problems, or type decontaminate.enabled=false"
+            )
+        return hits
 
     def collected(self, chosen: Artefact) -> Artefact | None:
         """The statistics of the dense model, if anything wants them: of all streams, whatever the mixture and sparsity."""
@@ -265,7 +325,7 @@ class _Flow:
         bench = self.x.bench
         problems = bench.problems or self.x.problems
         sampled, read = self.sampled(f"sample_{name}", problems, "test", bench.engine, bench.decoding, pruned)
-        graded = self.graded(f"grade_{name}", sampled, read)
+        graded = self.graded(f"grade_{name}", sampled, read, bench.grader or self.x.grader)
 
         def make(work: Path) -> None:
             attempts = evaluate.outcomes(tables.read_graded(graded.path / grade.GRADED))
@@ -274,7 +334,14 @@ class _Flow:
             (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
 
         config = {"bench": bench.name}
-        return self._stage(f"evaluate_{name}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
+        out = self._stage(f"evaluate_{name}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
+        if (cut := read_score(out).truncated) > MANY_CUT:
+            _log.warning(
+                "bench=%s: %.1f %% of the answers of the %s model were cut at %d tokens and count as wrong unless they are right "
+                "already; type a larger bench.decoding.max_new_tokens",
+                bench.name, 100 * cut, name, bench.decoding.max_new_tokens,
+            )  # fmt: skip
+        return out
 
 
 def _calibration(chosen: Artefact) -> CalibrationSet:

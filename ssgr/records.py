@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Finish = Literal["stop", "length"]
+MANY_CUT = 0.05  # where more of the answers were cut at the cap, the accuracy tells of the cap rather than the model
 Funnel = tuple[tuple[str, int], ...]  # what was left after each filter, in order
 
 

@@ -148,7 +148,7 @@ def test_the_command_line_beats_what_a_source_implies(run: Run, tmp_path: Path) 
     done = run("-m", "calib=ssgr", "length=short,long", "difficulty=any", "bench=smoke", "budget.tokens=200")
     assert done.returncode == 0, done.stderr
     funnels = [result(tmp_path / "sweep" / str(i))["calibration"]["funnel"] for i in range(2)]
-    assert [f[3][0] for f in funnels] == ["length short", "length long"]
+    assert [f[5][0] for f in funnels] == ["length short", "length long"]
 
 
 def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssgr.intervals import cluster_bootstrap
-from ssgr.records import Outcome, Verdict
+from ssgr.records import MANY_CUT, Outcome, Verdict
 from ssgr.tables import read_outcomes
 
 Rows = list[dict[str, str]]
@@ -288,7 +288,7 @@ def _score(score: dict[str, Any]) -> dict[str, str]:
     return {
         "accuracy": _interval(score["accuracy"], score["ci95"]),
         "tokens": f"{score['mean_tokens']:.1f}",
-        "cut": f"{100 * score['truncated']:.1f} %",
+        "cut": f"{100 * score['truncated']:.1f} %{' !' if score['truncated'] > MANY_CUT else ''}",
         "looping": f"{100 * score['looping']:.1f} %",
     }
 

@@ -1,0 +1,81 @@
+"""Decontamination: calibration problems that are those of a benchmark, or nearly, are left out."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ssgr.records import Problem
+
+_TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")  # a word, a number, or a sign: 2+3 is not 2*3
+_SPACING = re.compile(r"\\[,;:!]|\\(?:left|right|displaystyle|quad|qquad|text|mathrm|mathbf|dfrac|tfrac)\b|[~$]")
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A calibration problem, the problem of the benchmark that it is, and how that was seen."""
+
+    id: str
+    benchmark_id: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Decontaminate:
+    """Problems are the same if their text is, but for case, spaces, dollar signs and LaTeX's spacing, or if they share
+    `ngram` tokens in a row: at least `share` of all such runs of the calibration problem stand in one of the benchmark.
+
+    `enabled=false` keeps all; `ngram=null` compares whole texts only.
+
+    Raises:
+        ValueError: `ngram` is not at least 1, or `share` not between 0 and 1.
+    """
+
+    enabled: bool = True
+    ngram: int | None = 13
+    share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.ngram is not None and self.ngram < 1:
+            raise ValueError(
+                f"decontaminate.ngram={self.ngram}: give 1 or more, such as 13, or null for whole texts only"
+            )
+        if not 0 <= self.share <= 1:
+            raise ValueError(
+                f"decontaminate.share={self.share}: give a share between 0 and 1; 0 stands for a single run"
+            )
+
+    def hits(self, problems: Sequence[Problem], benchmark: Sequence[Problem]) -> list[Hit]:
+        """Which of `problems` are in the benchmark."""
+        if not self.enabled:
+            return []
+        texts = {" ".join(tokens(problem.question)): problem.id for problem in reversed(benchmark)}
+        where: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        for problem in benchmark:
+            for run in self._runs(tokens(problem.question)):
+                where[run].add(problem.id)
+        out = []
+        for problem in problems:
+            own = tokens(problem.question)
+            if same := texts.get(" ".join(own)):
+                out.append(Hit(problem.id, same, "the same text"))
+                continue
+            runs, counts = self._runs(own), defaultdict[str, int](int)
+            for run in runs:
+                for name in where.get(run, ()):
+                    counts[name] += 1
+            best = max(counts, key=lambda name: (counts[name], name), default=None)
+            if best is not None and counts[best] >= self.share * len(runs):
+                out.append(Hit(problem.id, best, f"{counts[best]} of {len(runs)} runs of {self.ngram} tokens"))
+        return out
+
+    def _runs(self, own: Sequence[str]) -> set[tuple[str, ...]]:
+        n = self.ngram
+        return set() if n is None else {tuple(own[i : i + n]) for i in range(len(own) - n + 1)}
+
+
+def tokens(text: str) -> list[str]:
+    """Words, numbers and signs of `text`, without case and spacing."""
+    return _TOKEN.findall(_SPACING.sub(" ", text).casefold())

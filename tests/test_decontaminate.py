@@ -1,0 +1,99 @@
+"""Calibration problems that are in the benchmark are left out, counted and listed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssgr.problems.decontaminate import Decontaminate, Hit, tokens
+from ssgr.records import Problem
+from tests.conftest import Run
+
+DATA = Path(__file__).parents[2] / "shared" / "data" / "problems"
+LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
+
+
+def problem(name: str, question: str) -> Problem:
+    return Problem(name, question, "1", "test")
+
+
+def hits(question: str, benchmark: str, **how: object) -> list[Hit]:
+    return Decontaminate(**how).hits([problem("a", question)], [problem("b", benchmark)])  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("What is  $2+3$?", "what is 2 + 3?", True),
+        ("Find \\left(x\\right) in $\\mathrm{cm}$", "find ( x ) in {cm}", True),
+        ("What is 2+3?", "What is 2*3?", False),
+        ("What is 2+3?", "What is 2+31?", False),
+        ("Find $x_1$", "Find $x_2$", False),
+        (LONG, LONG.replace("Natalia", "Maria"), True),  # all but the runs with the name
+        (LONG, "A tale. " + LONG, True),
+        (LONG, "How many in all? She sold clips to 48 of her friends in June.", False),
+    ],
+)
+def test_what_is_the_same(one: str, other: str, same: bool) -> None:
+    assert bool(hits(one, other)) == bool(hits(other, one)) == same
+
+
+def test_the_options() -> None:
+    near = LONG.replace("Natalia", "Maria")
+    assert not hits(LONG, near, ngram=None)
+    assert not hits(LONG, near, enabled=False)
+    assert not hits(LONG, near, share=1.0)
+    run = " ".join(LONG.split()[:12])  # one sentence of it, as the beginning of another text
+    assert not hits(LONG, f"{run} She also bought a bag of marbles and a hat, for how much did she do so?")
+    assert hits(
+        LONG, f"{run} She also bought a bag of marbles and a hat, for how much did she do so?", share=0.0, ngram=11
+    )
+    assert hits(LONG, near)[0].benchmark_id == "b" and "13 tokens" in hits(LONG, near)[0].why
+    for wrong in ({"ngram": 0}, {"share": 1.5}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Decontaminate(**wrong)  # type: ignore[arg-type]
+
+
+def test_tokens_keep_signs() -> None:
+    assert tokens("$2+3$ is  5.") == ["2", "+", "3", "is", "5", "."]
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the collected problems (shared/data) are not beside this checkout")
+def test_real_problem_sets() -> None:
+    """A pool that is known to be disjoint loses next to nothing, and a benchmark against itself all."""
+
+    def read(name: str) -> list[Problem]:
+        rows = [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").split("\n") if line]
+        return [problem(row["id"], row["problem"]) for row in rows]
+
+    math500, pool, train, test = read("math500"), read("math_pool"), read("gsm8k_train"), read("gsm8k_test")
+    assert len(Decontaminate().hits(math500, math500)) == 500
+    assert len(Decontaminate().hits(pool, math500)) <= 0.02 * len(pool)
+    assert len(Decontaminate().hits(train, test)) <= 0.01 * len(train)
+    mixed = [*train[:50], *test[:10]]
+    assert {hit.id for hit in Decontaminate().hits(mixed, test)} >= {one.id for one in test[:10]}
+
+
+def test_a_run_leaves_them_out_and_says_so(run: Run, tmp_path: Path) -> None:
+    rows = [{"problem": f"Compute {a}+{b}.", "answer": str(a + b)} for a in range(2, 8) for b in range(2, 8)]
+    pool, bench = tmp_path / "pool.jsonl", tmp_path / "bench.jsonl"
+    pool.write_text("\n".join(map(json.dumps, rows)))
+    bench.write_text("\n".join(json.dumps({**row, "problem": row["problem"].lower()}) for row in rows[:6]))
+    given = [
+        "problems=jsonl", f"problems.path={pool}", f"problems.test_path={bench}", "calib=self", "budget.tokens=512",
+        "sampler.decoding.attempts=1", "bench.decoding.attempts=1", "sampler.decoding.max_new_tokens=48",
+        "bench.decoding.max_new_tokens=48", "budget.held_out=0", f"hydra.run.dir={tmp_path}/out",
+    ]  # fmt: skip
+    done = run(*given, "device=cpu", small=False)
+    assert done.returncode == 0, done.stderr
+    assert "6 of 36 calibration problems are in the benchmark and are left out" in done.stdout + done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["calibration"]["funnel"][:2] == [["problems", 36], ["not in the benchmark", 30]]
+    listed = next(Path(tmp_path).glob("**/contaminated.json"))
+    assert [hit["why"] for hit in json.loads(listed.read_text())] == ["the same text"] * 6
+    done = run(
+        *[one for one in given if "test_path" not in one], f"problems.test_path={pool}", "device=cpu", small=False
+    )
+    assert done.returncode == 1 and "type decontaminate.enabled=false" in done.stderr + done.stdout
