@@ -47,7 +47,7 @@ from ssgr.stages.statistics import collect
 
 ROOT = Path(__file__).resolve().parent.parent
 PRUNERS: dict[str, Pruner] = {
-    "magnitude": Magnitude(), "wanda": Wanda(), "ria": RIA(), "dsnot": DSnoT(Wanda()), "sparsegpt": SparseGPT(),
+    "magnitude": Magnitude(compare="row"), "wanda": Wanda(), "ria": RIA(), "dsnot": DSnoT(Wanda()), "sparsegpt": SparseGPT(),
     "alps": ALPS(),
 }  # fmt: skip
 PATTERNS: dict[str, Sparsity] = {"0.5": Unstructured(0.5), "2:4": NM(2, 4)}
