@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--pruners", default="wanda,ria,sparsegpt", help=f"some of {', '.join(PRUNERS)}")
     parser.add_argument("--sparsities", type=int, default=4, help="shares of zeros: 0.3, 0.4, ...")
     parser.add_argument("--mixtures", type=int, default=len(MIXTURES), help="mixtures of prompt and response")
+    parser.add_argument("--alone", type=lambda s: s.split(","), default=[*PRUNERS], help="pruners that also run alone")
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--json", type=Path, help="where to write the figures")
     args = parser.parse_args()
@@ -72,7 +73,8 @@ def main() -> None:
             method = Method(pruner, Unstructured(share), Uniform(), scope)
             prune(model, tokenizer, None, method, memory, Path(folder, str(n)), Passing("dense"), statistics)
             seconds[pruner.name] = seconds.get(pruner.name, 0) + time.perf_counter() - start
-        for pruner in pruners:
+        alone = [pruner for pruner in pruners if pruner.name in args.alone]
+        for pruner in alone:
             for order in ("layer", "block"):
                 start = time.perf_counter()
                 method = Method(pruner, Unstructured(0.5), Uniform())
@@ -81,8 +83,9 @@ def main() -> None:
                 seconds[f"one {pruner.name}, order={order}"] = time.perf_counter() - start
     each = args.sparsities * args.mixtures
     grid = seconds["collect"] + sum(seconds[p.name] for p in pruners)
-    apart = {o: each * sum(seconds[f"one {p.name}, order={o}"] for p in pruners) for o in ("layer", "block")}
-    slowest = max(seconds[f"one {p.name}, order=block"] for p in pruners)
+    orders = ("layer", "block") if len(alone) == len(pruners) else ()
+    apart = {o: each * sum(seconds[f"one {p.name}, order={o}"] for p in pruners) for o in orders}
+    slowest = max((seconds[f"one {p.name}, order=block"] for p in alone), default=float("nan"))
     for what, value in seconds.items():
         print(f"{what:32} {value:8.1f} s")
     print(f"the grid of {each * len(pruners)} cells: {grid:.1f} s, {grid / slowest:.2f} times one published prune")
