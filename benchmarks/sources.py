@@ -156,12 +156,12 @@ def measure(args: Any) -> dict[str, dict[str, list[float]]]:
         keep("dense", args.model)
     blind = [name for name in args.pruners if PRUNERS[name].statistic == "none"]
     for pruner in blind:
-        for pattern in PATTERNS:
+        for pattern in args.patterns:
             if (name := f"- 0 {pruner} {pattern}") not in done:
                 cell(name, PRUNERS[pruner], pattern, None)
     for draw in range(args.draws):
         for source in args.sources:
-            names = {(p, s): f"{source} {draw} {p} {s}" for p in args.pruners if p not in blind for s in PATTERNS}
+            names = {(p, s): f"{source} {draw} {p} {s}" for p in args.pruners if p not in blind for s in args.patterns}
             if set(names.values()) <= done.keys():
                 continue
             statistics = args.work / "statistics"
@@ -224,6 +224,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "prune" / "smollm2-float32")
     parser.add_argument("--sources", type=lambda s: s.split(","), default=["c4", "wikitext", "prompts", "traces"])
     parser.add_argument("--pruners", type=lambda s: s.split(","), default=list(PRUNERS), help="some of them")
+    parser.add_argument("--patterns", type=lambda s: s.split(","), default=list(PATTERNS), help="some of them")
     parser.add_argument("--draws", type=int, default=3, help="draws of each source")
     parser.add_argument("--rows", type=int, default=16, help="calibration rows")
     parser.add_argument("--tokens", type=int, default=512, help="tokens of a row")
@@ -233,8 +234,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "sources", help="folder for what is finished")
     args = parser.parse_args()
-    if unknown := set(args.pruners) - PRUNERS.keys():
-        parser.error(f"--pruners {','.join(sorted(unknown))}: valid are {', '.join(PRUNERS)}")
+    if unknown := (set(args.pruners) - PRUNERS.keys()) | (set(args.patterns) - PATTERNS.keys()):
+        parser.error(f"--pruners, --patterns {','.join(sorted(unknown))}: valid are {', '.join([*PRUNERS, *PATTERNS])}")
     torch.set_num_threads(args.threads)
     try:
         print(table(measure(args), args))

@@ -1,0 +1,154 @@
+"""What cannot be pruned is refused in one sentence, and what was there before stays as it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.allocation.owl import OWL
+from ssgr.allocation.uniform import Uniform
+from ssgr.model import Model
+from ssgr.pruner import Pruner
+from ssgr.pruner.magnitude import Magnitude
+from ssgr.pruner.sparsegpt import SparseGPT
+from ssgr.pruner.wanda import Wanda
+from ssgr.records import CalibrationSet, Row
+from ssgr.sparsity import NM, Unstructured
+from ssgr.stages import prune as prune_stage
+from ssgr.stages.plan import Memory
+from ssgr.stages.prune import Passing
+from ssgr.stages.solve import Method, Solver
+from ssgr.stages.statistics import collect
+from tests.conftest import random_model
+from tests.test_prune import calibration, uniform
+
+HALF = Unstructured(0.5)
+
+
+def saved(folder: Path, change: Callable[[nn.Module], object] = lambda model: None) -> Model:
+    model = random_model()
+    change(model)
+    model.save_pretrained(folder)
+    return Model("random", str(folder), device="cpu")
+
+
+def prune(model: Model, tokenizer: PreTrainedTokenizerBase, work: Path, method: Method, cal: CalibrationSet | None = None,
+          **how: object) -> None:  # fmt: skip
+    cal = calibration() if cal is None else cal
+    prune_stage.prune(model, tokenizer, cal, method, Memory(1), work, **how)  # type: ignore[arg-type]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_row_of_one_token(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    cal = calibration()
+    short = replace(cal, rows=(*cal.rows, Row((3,), 0, "one")), weights=(*cal.weights, (1.0,)))
+    with pytest.raises(ValueError, match=r"row one has 1 token\(s\), and a row needs two at least"):
+        prune(saved(tmp_path / "m"), tokenizer, tmp_path / "out", uniform(Wanda(), HALF), short)
+
+
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_a_layer_that_would_lose_many_outputs(order: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def weaken(model: nn.Module) -> None:
+        model.model.layers[1].mlp.up_proj.weight.data[:5] *= 1e-6
+
+    model = saved(tmp_path / "m", weaken)
+    with pytest.raises(
+        ValueError, match=r"layers.1.mlp.up_proj: 5 of its 48 outputs would lose all their weights.*compare=row"
+    ):
+        prune(
+            model, tokenizer, tmp_path / "out", uniform(Wanda(compare="layer"), HALF), passing=Passing("pruned", order)
+        )  # type: ignore[arg-type]
+    prune(model, tokenizer, tmp_path / "other", uniform(Wanda(), HALF))
+
+
+def test_a_source_that_changes_between_two_runs(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = saved(tmp_path / "m")
+    real = Solver.block
+
+    def dies(self: Solver, i: int, *rest: object) -> object:
+        if i == 1:
+            raise KeyboardInterrupt
+        return real(self, i, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Solver, "block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
+    monkeypatch.setattr(Solver, "block", real)
+    before = files(tmp_path / "out")
+    shard = tmp_path / "m" / "model.safetensors"
+    original = load_file(shard)
+    save_file({**original, "model.norm.weight": original["model.norm.weight"] + 1}, shard, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"the model changed since this work began; bring back the files"):
+        prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
+    assert files(tmp_path / "out") == before, "what the killed run left is intact"
+
+
+def test_an_output_that_is_the_input(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = saved(tmp_path / "work" / "checkpoint")
+    before = files(tmp_path / "work")
+    with pytest.raises(ValueError, match=r"a model cannot be pruned into its own files; give another folder"):
+        prune(model, tokenizer, tmp_path / "work", uniform(Magnitude(), HALF))
+    assert {name: content for name, content in files(tmp_path / "work").items() if name in before} == before
+
+
+def test_patterns_and_allocations_that_cannot_be(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = saved(tmp_path / "m")
+    with pytest.raises(ValueError, match=r"has 32 inputs, which groups of 5 do not divide.*pruner.exclude"):
+        prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), NM(2, 5)))
+    (tmp_path / "statistics").mkdir()
+    collect(model, tokenizer, calibration(), "norm", Memory(1), tmp_path / "statistics")
+    with pytest.raises(ValueError, match=r"2:4 is the same in every layer: type allocation=uniform"):
+        prune(model, tokenizer, tmp_path / "out", Method(Wanda(), NM(2, 4), OWL()), statistics=tmp_path / "statistics")
+    method = Method(SparseGPT(), HALF, Uniform())
+    with pytest.raises(ValueError, match=r"no Gram matrices, which this pruner needs; type collect.statistic=gram"):
+        prune(model, tokenizer, tmp_path / "out", method, passing=Passing("dense"), statistics=tmp_path / "statistics")
+
+
+@pytest.mark.parametrize("ranks", [0, -1, 1.5, "all"])
+def test_ranks_that_are_none(ranks: object) -> None:
+    with pytest.raises(ValueError, match=r"memory.ranks=.*: give a whole number of processes from 1 up, or auto"):
+        Memory(1, ranks)  # type: ignore[arg-type]
+
+
+def test_activations_beyond_float16_are_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def enlarge(model: nn.Module) -> None:
+        model.model.layers[0].mlp.down_proj.weight.data *= 1e38
+
+    model = saved(tmp_path / "m", enlarge)
+    with pytest.raises(ValueError, match=r"model.layers.\d.*NaN or infinity"):
+        prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()])
+@pytest.mark.parametrize("order", ["layer", "block"])
+def test_held_out_rows_are_only_measured_on(
+    order: str, pruner: Pruner, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    model, how = saved(tmp_path / "m"), Passing("pruned", order)  # type: ignore[arg-type]
+    for name, held_out in (("none", ()), ("some", calibration(seed=3, rows=5).rows)):
+        prune(
+            model,
+            tokenizer,
+            tmp_path / name,
+            uniform(pruner, HALF),
+            replace(calibration(), held_out=held_out),
+            passing=how,
+        )
+    a, b = (load_file(tmp_path / name / "checkpoint" / "model.safetensors") for name in ("none", "some"))
+    assert all(torch.equal(value, b[name]) for name, value in a.items())
+    found = [json.loads((tmp_path / name / "prune.json").read_text())["layers"] for name in ("none", "some")]
+    assert all(layer["error_held_out"] is None for layer in found[0])
+    assert all(layer["error_held_out"] > layer["error"] * 0.5 for layer in found[1])
