@@ -232,3 +232,18 @@ def test_math_agrees_with_collected_cases() -> None:
     accepted = sum(g.verdict is RIGHT and not c["expected"] for g, c in zip(grades, cases, strict=True))
     assert agree >= 193, f"{agree} of {len(cases)}; 195 of 220 were measured with Math-Verify 0.9.0"
     assert accepted <= 2
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "verdict"),
+    [
+        ("3e8", "$3 \\times 10^8$", RIGHT), ("1e-5", "\\boxed{0.00001}", RIGHT), ("1e-5", "\\boxed{1e-5}", RIGHT),
+        ("2.88e-19", "\\boxed{2.89 \\times 10^{-19}}", WRONG), ("0.00000001", "$0.00000002$", WRONG), ("0", "$10^{-9}$", WRONG),
+        ("0.0001", "$\\frac{1}{10000}$", RIGHT), ("e", "$e$", RIGHT), ("2e", "$2e$", RIGHT), ("7", "$7.0$", RIGHT),
+        ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
+    ],
+)  # fmt: skip
+def test_math_small_and_scientific_numbers_and_cut_texts(gold: str, answer: str, verdict: Verdict | None) -> None:
+    """Math-Verify alone reads 1e-5 as 1 e - 5, takes all numbers below its six decimals for equal, and may cut a text."""
+    (grade,) = MathVerify(require_end_think=False, workers=1).grade([(gold, answer)])
+    assert grade.verdict is verdict if verdict else grade.verdict is not RIGHT

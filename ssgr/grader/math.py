@@ -8,6 +8,7 @@ This file is also the child: `python -m ssgr.grader.math SECONDS MEMORY_GIB`.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -28,6 +29,10 @@ from ssgr.grader import Grade, answer_part
 from ssgr.records import Verdict
 
 _START_SECONDS = 120.0  # importing sympy takes one second, and many on a cold network file system
+_SCIENTIFIC = re.compile(
+    r"(?:(?<=[{$])|^)\s*([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)\s*(?:(?=[}$])|$)"
+)  # 1e-5 is not 1 e - 5
+_SMALL = 1e-3
 _IN_LATEX = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
 
 
@@ -229,8 +234,11 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
 
     parse = partial(parse_with_limit, parsing_timeout=None, raise_on_error=True)
     try:
-        golds = parse(gold if _IN_LATEX.search(gold) else f"${gold}$") if gold.strip() else []
-        found = parse(answer)
+        gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
+        golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
+        found = _whole(
+            parse(_SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer)
+        )
     except MemoryError:
         raise
     except Exception as error:
@@ -242,13 +250,26 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     text, raised = str(found[-1]), ""
     for one_gold, one in product(golds, found):
         try:
-            if verify(one_gold, one, timeout_seconds=None, raise_on_error=True):
+            if verify(one_gold, one, timeout_seconds=None, raise_on_error=True) and not _differ(one_gold, one):
                 return Verdict.RIGHT, text, None
         except MemoryError:
             raise
         except Exception as error:
             raised = f"comparing raised {type(error).__name__}"
     return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
+
+
+def _differ(gold: Any, one: Any) -> bool:
+    """Whether two small numbers differ: Math-Verify compares decimals, of which 2e-9 and 3e-9 have the same six."""
+    if not all(getattr(number, "is_number", False) and number.is_real for number in (gold, one)):
+        return False
+    a, b = float(gold), float(one)
+    return max(abs(a), abs(b)) < _SMALL and not math.isclose(a, b, rel_tol=1e-6)
+
+
+def _whole(found: list[Any]) -> list[Any]:
+    """What was extracted, without text that ends inside a brace: two answers that are cut alike are not the same."""
+    return [one for one in found if not isinstance(one, str) or one.count("{") == one.count("}")]
 
 
 if __name__ == "__main__":

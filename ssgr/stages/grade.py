@@ -10,7 +10,7 @@ from ssgr.grader import Grade, Grader
 from ssgr.records import Graded, Problem, Trace
 from ssgr.stages.progress import Progress
 
-VERSION = 1
+VERSION = 2
 GRADED = "graded.parquet"
 _CHUNK = 2000  # answers between two marks of progress
 
