@@ -39,7 +39,7 @@ def lengths(case: str, count: int) -> list[int]:
 
 def prompts(tokenizer: Any, data: Path, count: int) -> list[list[int]]:
     """Chat prompts of real problems."""
-    rows = [json.loads(line)["problem"] for line in found(data, PROBLEMS).read_text().splitlines()[:count]]
+    rows = [json.loads(line)["problem"] for line in found(data, PROBLEMS).read_text().split("\n")[:count]]
     ask = lambda text: tokenizer.apply_chat_template(
         [{"role": "user", "content": text}], add_generation_prompt=True, return_dict=False
     )

@@ -61,7 +61,7 @@ Documents = list[list[int]]
 
 def lines(data: Path, file: Path) -> list[dict[str, Any]]:
     """The records of a JSONL file."""
-    return [json.loads(line) for line in found(data, file).read_text().splitlines()]
+    return [json.loads(line) for line in found(data, file).read_text().split("\n") if line]
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, data: Path, rng: random.Random) -> Documents:
