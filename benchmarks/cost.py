@@ -48,7 +48,7 @@ def made(depth: int, width: int, folder: Path) -> tuple[Model, PreTrainedTokeniz
     """A random Llama of `depth` blocks, in the proportions of SmolLM2-135M."""
     config = LlamaConfig(
         vocab_size=1024, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=depth,
-        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 192),
+        num_attention_heads=width // 64, num_key_value_heads=max(1, width // 256),
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a")), pad_token="a")
@@ -99,7 +99,7 @@ def main() -> None:
             told = ", ".join(f"{name} {spent:.2f} s" for name, spent in parts.items())
             shares = ", ".join(f"{name} {100 * one:.0f} %" for name, one in share.items())
             print(
-                f"{what} {value}: {seconds:.2f} s ({told}; of the rate {shares}; peak {result.peak_host_mib:.0f} MiB)",
+                f"{what} {value}: {seconds:.2f} s ({told}; of the rate {shares})",
                 flush=True,
             )
             out.append({"varied": what, "value": value, "seconds": seconds, **parts, "share": share})
