@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from ssgr.sampler import Decoding, Request, slots
 from ssgr.sampler.batch import decode as decode_batch
 from ssgr.sampler.hf import HfSampler, stop_ids
 from ssgr.stages.sample import sample
-from tests.conftest import TINY, random_model
+from tests.conftest import TINY, Run, random_model
 from tests.test_sampler import requests
 
 SIZE = {
@@ -160,3 +161,12 @@ def test_a_larger_cap_goes_on_with_what_was_cut(tokenizer: PreTrainedTokenizerBa
         steps = 0
         assert run("less", 1, 40, whole) == short and steps == 0
     assert {trace.finish for trace in short} == {"stop", "length"}
+
+
+def test_a_larger_cap_finds_the_traces_of_the_smaller_one_in_the_store(run: Run) -> None:
+    given = ["calib=self", "problems.calibration=16", "sampler.decoding.attempts=2", "budget.tokens=128"]
+    first = run(*given, "sampler.decoding.max_new_tokens=60")
+    assert first.returncode == 0 and "of other runs" not in first.stdout + first.stderr, first.stderr
+    then = run(*given, "sampler.decoding.max_new_tokens=120", "sampler.decoding.attempts=3")
+    assert then.returncode == 0, then.stderr
+    assert re.search(r"sample: \d+ traces of other runs are taken, and \d+ are gone on with", then.stdout + then.stderr)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -75,8 +76,6 @@ def test_masks_are_those_of_autograd_row_by_row(
 
 
 def test_held_out_rows_change_no_mask(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
-    from dataclasses import replace
-
     cal, masks = calibration(), []
     for held_out in ((), calibration(seed=1, rows=4).rows):
         model = random_model()

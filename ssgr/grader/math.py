@@ -263,7 +263,10 @@ def _differ(gold: Any, one: Any) -> bool:
     """Whether two small numbers differ: Math-Verify compares decimals, of which 2e-9 and 3e-9 have the same six."""
     if not all(getattr(number, "is_number", False) and number.is_real for number in (gold, one)):
         return False
-    a, b = float(gold), float(one)
+    try:
+        a, b = float(gold), float(one)
+    except OverflowError:  # not small
+        return False
     return max(abs(a), abs(b)) < _SMALL and not math.isclose(a, b, rel_tol=1e-6)
 
 

@@ -118,10 +118,10 @@ class Slots:
             some = [prompts.pop()]
             while prompts and (len(some) + 1) * len(some[0]) <= _PREFILL:
                 some.append(prompts.pop())
-            passed = self._prefill(some)
+            passed, where = self._prefill(some), {ids: n for n, ids in enumerate(some)}
             for row in rows:
-                if row.before in some:
-                    self._place(row, passed, some.index(row.before))
+                if (n := where.get(row.before)) is not None:
+                    self._place(row, passed, n)
 
     def _prefill(self, prompts: Sequence[tuple[int, ...]]) -> DynamicCache:
         """Keys and values of prompts, padded on the right: causal attention keeps that from real tokens."""
