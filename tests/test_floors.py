@@ -53,7 +53,8 @@ def test_imports_come_from_below(file: Path) -> None:
             door = (
                 len(what) == 2
                 or (len(what) == 3 and what[2][0].isupper())
-                or what[1:3] in (["model", "blocks"], ["model", "checkpoint"], ["model", "layout"])
+                or what[1:3]
+                in (["model", "blocks"], ["model", "checkpoint"], ["model", "layout"], ["model", "attention"])
             )
             assert door, f"{own} imports the variant {module}, not the Protocol of its room"
 

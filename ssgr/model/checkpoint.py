@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssgr.products import finite
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
@@ -111,7 +113,7 @@ class Checkpoint:
             if stream.readinto(content) != len(content):
                 raise self.cut(place)
         tensor = torch.frombuffer(content, dtype=DTYPES[place.dtype]).view(place.shape)
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise ValueError(
                 f"{self.directory}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"
             )

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
-import torch
 from torch import Tensor
 
+from ssgr.products import finite
 from ssgr.sparsity import Compare, Sparsity, check_compare
 
 Statistic = Literal["none", "norm", "gram", "gradient"]
@@ -114,7 +114,7 @@ def checked_gram(inputs: Moments | None, name: str) -> Tensor:
         ValueError: it is not finite.
     """
     assert inputs is not None and inputs.gram_II is not None
-    if not torch.isfinite(inputs.gram_II).all():
+    if not finite(inputs.gram_II):
         raise ValueError(
             f"{name}: the statistics of its inputs hold NaN or infinity; the model overflows on these rows: type "
             "model.dtype=float32"

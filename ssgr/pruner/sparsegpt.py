@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssgr.products import finite
 from ssgr.pruner import Moments, Pruned, Statistic, checked_gram
 from ssgr.sparsity import Compare, Sparsity
 
@@ -135,7 +136,7 @@ def inverse_factor(h_II: Tensor, damping: float, name: str) -> tuple[Tensor, flo
     Raises:
         ValueError: H is not finite, or no damping helps.
     """
-    if not torch.isfinite(h_II).all():
+    if not finite(h_II):
         raise ValueError(
             f"{name}: the statistics of its inputs hold NaN or infinity; the model overflows on these rows"
         )

@@ -3,9 +3,10 @@
 A stream is a set of tokens with a name of its own (the prompts, the responses, the held-out rows); statistics of streams
 are sums, so any mixture of them can be formed after they were collected.
 
-Accuracy: the sums over the tokens of one batch are formed in float32, those over batches in float64. With T tokens a
-batch, |computed - exact| <= (T + 2) 2^-24 sum_t w_t |x_ti x_tj|, the bound of a float32 inner product of T terms (Higham,
-Accuracy and Stability of Numerical Algorithms, section 3.1), whatever the number of batches.
+Accuracy: the sums over the tokens of one batch are formed in float32 (products of bfloat16 numbers are exact in it), those
+over batches in float64. With T tokens a batch, |computed - exact| <= (T + 2) 2^-24 sum_t w_t |x_ti x_tj|, the bound of a
+float32 inner product of T terms (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1), whatever the number
+of batches.
 
 Shapes: T tokens, I inputs, O outputs.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ssgr.products import bfloat16_products, native
 from ssgr.pruner import Moments, Statistic
 
 if TYPE_CHECKING:
@@ -68,6 +70,7 @@ class Sums:
 
     def add(self, x_TI: Tensor, w_T: Tensor | None) -> None:
         """Add tokens (T, I) with weights."""
+        exact = w_T is None and x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and native(x_TI.dtype)
         x_TI = x_TI.float()
         wx_TI = x_TI if w_T is None else x_TI * w_T[:, None]
         self.tokens += len(x_TI) if w_T is None else float(w_T.double().sum())
@@ -75,9 +78,10 @@ class Sums:
         if self.gram_II is None:
             self.square_I += (wx_TI * x_TI).sum(0)
             return
-        for first in range(0, x_TI.shape[1], _STRIP):
-            strip = slice(first, first + _STRIP)
-            self.gram_II[strip, first:] += wx_TI[:, strip].T @ x_TI[:, first:]
+        with bfloat16_products() if exact else nullcontext():
+            for first in range(0, x_TI.shape[1], _STRIP):
+                strip = slice(first, first + _STRIP)
+                self.gram_II[strip, first:] += wx_TI[:, strip].T @ x_TI[:, first:]
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name, with the diagonal of the Gram matrix as `square`."""

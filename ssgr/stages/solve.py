@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ssgr.allocation import Allocation
 from ssgr.model.blocks import Matrix
+from ssgr.products import finite
 from ssgr.pruner import Moments, Pruned, Pruner, Statistic
 from ssgr.records import LayerResult
 from ssgr.scope import BOTH, Scope
@@ -73,7 +74,7 @@ class Solver:
         before = [matrix.weight_OI.to(torch.float32, copy=True) for matrix in group]
         targets = [self.ratios[name] for name in names]
         for inputs in (seen, later):
-            if inputs and not torch.isfinite(inputs.square_I).all():
+            if inputs and not finite(inputs.square_I):
                 raise ValueError(
                     f"{names[0]}: what enters it holds NaN or infinity on the calibration rows; {self.walk.remedy}"
                 )
@@ -84,7 +85,7 @@ class Solver:
             dtype = self.walk.layout.dtype(self.walk.full(i, matrix.parameter))
             matrix.weight_OI.copy_(_rounded(new.w_OI, dtype, full))
             new_OI = matrix.weight_OI.float()
-            zeros = float((new_OI == 0).double().mean())
+            zeros = 1 - int(new_OI.count_nonzero()) / new_OI.numel()
             out[matrix.name] = LayerResult(
                 full,
                 matrix.shape,
@@ -141,7 +142,7 @@ def _rounded(w_OI: Tensor, dtype: torch.dtype, full: str) -> Tensor:
         ValueError: it is not finite there.
     """
     out = w_OI.to(dtype)
-    if not torch.isfinite(out).all():
+    if not finite(out):
         raise ValueError(f"{full}: its pruned weights hold NaN or infinity as {dtype}; raise pruner.damping")
     return out
 
@@ -152,7 +153,8 @@ def _emptied(old_OI: Tensor, new_OI: Tensor, full: str) -> int:
     Raises:
         ValueError: they are more than a few.
     """
-    lost = (old_OI != 0).any(1) & ~(new_OI != 0).any(1)
+    lost = new_OI.count_nonzero(1) == 0
+    lost[lost.clone()] = (old_OI[lost] != 0).any(1)
     count = int(lost.sum())
     if count > _EMPTIED * len(lost):
         raise ValueError(

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
+from ssgr.model.attention import attend_causally
 from ssgr.model.blocks import Tail, decoder_blocks, empty, outside, put
 from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
+from ssgr.products import finite, native
 from ssgr.stages.activations import Batch, Passage, first_inputs
 from ssgr.stages.collect import Collector
 from ssgr.stages.ranks import Ranks
@@ -39,6 +41,8 @@ class Walk:
         self.blocks = [*self.decoder, *([Tail(self.model, self.decoder)] if head else [])]
         self.device = ranks.device(model.torch_device())
         self.dtype = _dtype(model, self.source, self.stored(0), self.device)
+        if self.device.type == "cpu" and self.dtype == torch.bfloat16 and native(self.dtype):
+            attend_causally(self.model)
         self.seconds: dict[str, float] = defaultdict(float)
 
     def __len__(self) -> int:
@@ -131,12 +135,12 @@ class Walk:
         Raises:
             ValueError: they are not finite.
         """
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        fine = torch.ones((), dtype=torch.bool, device=self.device)
         for batch, out in outputs:
             assert out is not None
-            finite &= torch.isfinite(out).all()
+            fine &= finite(out)
             batch.hidden_NTD.copy_(out)
-        if not finite:
+        if not fine:
             raise ValueError(f"{self.full(i)}: its output holds NaN or infinity on the calibration rows; {self.remedy}")
 
     @property
@@ -163,14 +167,7 @@ def _dtype(model: Model, source: Checkpoint, stored: Sequence[str], device: torc
         return _CONFIGURED[model.dtype]
     largest = max((source.places[name] for name in stored), key=lambda place: place.stop - place.start)
     dtype = DTYPES.get(largest.dtype, torch.float32)
-    return dtype if device.type != "cpu" or _native(dtype) else torch.float32
-
-
-def _native(dtype: torch.dtype) -> bool:
-    """Whether this processor multiplies matrices of `dtype` itself; one that emulates it is tens of times slower."""
-    flags: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # torch 2.13 and later
-    needed = {torch.bfloat16: ("avx512_bf16", "amx_bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
-    return any(flags.get(flag) for flag in needed[dtype]) if dtype in needed else True
+    return dtype if device.type != "cpu" or native(dtype) else torch.float32
 
 
 class Behind:
