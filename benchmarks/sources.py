@@ -79,7 +79,7 @@ def traces(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Documents, t
     made: Documents = []
     requests = [Request(str(i), 0, tuple(ids)) for i, ids in enumerate(asked[: tokens // 100])]
     with tqdm(total=tokens, unit=" tokens", desc="own traces") as bar:
-        for batch in HfSampler(32).sample(model.load(), tokenizer, requests, Decoding(1, 0.6, 0.95, 384, seed)):
+        for batch in HfSampler(32).sample(model, tokenizer, requests, Decoding(1, 0.6, 0.95, 384, seed)):
             for trace in batch:
                 made.append([*trace.prompt_ids, *trace.response_ids])
                 bar.update(len(made[-1]))

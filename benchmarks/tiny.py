@@ -30,14 +30,14 @@ SEED = 777  # used for nothing else: these problems were never looked at
 
 def graded(model: Model, problems: int, attempts: int, batch: int) -> tuple[list[Graded], float]:
     """Sample and grade `problems` test problems a level; also tokens a second."""
-    tokenizer, loaded = model.tokenizer(), model.load()
+    tokenizer = model.tokenizer()
     drawn = ArithmeticProblems(LEVELS, 1, problems * len(LEVELS), SEED).read("test")
     requests = [Request(p.id, a, model.prompt_ids(tokenizer, p.question)) for p in drawn for a in range(attempts)]
     start = time.perf_counter()
-    sampled = HfSampler(batch).sample(loaded, tokenizer, requests, Decoding(attempts, 0.6, 0.95, CAP, SEED))
+    sampled = HfSampler(batch).sample(model, tokenizer, requests, Decoding(attempts, 0.6, 0.95, CAP, SEED))
     traces = [trace for part in sampled for trace in part]
     rate = sum(len(t.generated_ids) for t in traces) / (time.perf_counter() - start)
-    return grade(traces, drawn, tokenizer, Exact()), rate
+    return grade(traces, drawn, tokenizer, Exact(), model.thinking), rate
 
 
 def main() -> None:

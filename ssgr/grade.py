@@ -21,6 +21,7 @@ from ssgr.grader.exact import Exact
 from ssgr.grader.math import MathVerify
 from ssgr.records import Verdict
 from ssgr.stages.progress import Progress
+from ssgr.thinking import Thinking
 
 _CHUNK = 1000  # answers graded between two marks of progress
 
@@ -60,13 +61,13 @@ def read(path: Path) -> list[dict[str, str]]:
     return out
 
 
-def grade(grader: Grader, rows: Sequence[dict[str, str]], out: Path) -> Counter[Verdict]:
+def grade(grader: Grader, thinking: Thinking, rows: Sequence[dict[str, str]], out: Path) -> Counter[Verdict]:
     """Grade `rows` and write `out`, whole or not at all; how often each verdict was given."""
     beside, counts = out.with_name(f"{out.name}.part"), Counter[Verdict]()
     with beside.open("w", encoding="utf-8") as file, Progress("grade", len(rows)) as progress:
         for first in range(0, len(rows), _CHUNK):
             some = rows[first : first + _CHUNK]
-            grades = grader.grade([(row["gold"], row["pred"]) for row in some])
+            grades = grader.grade([(row["gold"], thinking.part_of_text(row["pred"]) or "") for row in some])
             for row, one in zip(some, grades, strict=True):
                 file.write(json.dumps(_line(row["id"], one)) + "\n")
                 counts[one.verdict] += 1
@@ -99,15 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="child processes; one a core by default (math)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    think = {"end_think": args.end_think, "require_end_think": args.require_end_think}
+    thinking = Thinking(None, args.end_think or None, args.require_end_think)
     try:
         limits = (args.seconds, args.memory_gib, args.workers)
         grader: Grader = (
-            MathVerify(*limits, **think)
-            if args.grader == "math"
-            else (Exact(**think) if args.grader == "exact" else Choice(**think))
+            MathVerify(*limits) if args.grader == "math" else Exact() if args.grader == "exact" else Choice()
         )
-        counts = grade(grader, read(args.input), args.output)
+        counts = grade(grader, thinking, read(args.input), args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"grade: {error}")
     print(f"{sum(counts.values())} answers: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))

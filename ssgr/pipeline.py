@@ -68,7 +68,7 @@ class Experiment:
             raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
         if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):
             raise ValueError(f"collect.statistic=norm: pruner={self.pruner.name} needs Gram matrices; type gram")
-        if not self.bench.engine.wants_model:
+        if not self.bench.engine.runs_model:
             raise ValueError(
                 f"bench.engine={type(self.bench.engine).__name__} does not run the model that it is given, so the dense and the "
                 "pruned model would get the same answers: type bench.engine._target_=ssgr.sampler.hf.HfSampler"
@@ -164,13 +164,10 @@ class _Flow:
         config = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
         inputs = {"prune": pruned.key} if pruned else {}
 
-        def load() -> Any:
-            at = model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
-            return at.load()
-
         def make(work: Path) -> None:
+            at = model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
             earlier = lambda: self._earlier(config, inputs)
-            sample.sample(load, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier)
+            sample.sample(at, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier)
 
         return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
 
@@ -190,11 +187,11 @@ class _Flow:
     def graded(self, name: str, sampled: Artefact, problems: list[Problem], grader: Grader) -> Artefact:
         def make(work: Path) -> None:
             traces = tables.read_traces(sampled.path / sample.TRACES)
-            graded = grade.grade(traces, problems, self.tokenizer, grader)
+            graded = grade.grade(traces, problems, self.tokenizer, grader, self.x.model.thinking)
             tables.write_graded(work / grade.GRADED, graded)
 
         answers = [(problem.id, problem.answer, problem.level) for problem in problems]
-        config = {"grader": grader, "answers": keys.digest(answers)}
+        config = {"grader": grader, "answers": keys.digest(answers), "thinking": self.x.model.thinking}
         return self._stage(name, "grade", grade.VERSION, config, {"sample": sampled.key}, make)
 
     def selected(self) -> Artefact:
@@ -219,6 +216,7 @@ class _Flow:
             "problems": keys.digest([dataclasses.replace(p, source="") for p in clean])
             if needs == "problems"
             else None,
+            "thinking": x.model.thinking if needs == "problems" else None,
             "policy": x.policy if {"difficulty", "length"} & uses else None,
             "budget": x.budget,
         }
@@ -234,7 +232,7 @@ class _Flow:
                 [one for one in traces if one.trace.problem_id not in gone],
                 x.budget.tokens or (x.budget.rows or 0) * x.budget.max_row_tokens,
                 x.budget.max_row_tokens,
-                x.model.end_think,
+                x.model.thinking,
             )
             chosen = select.select(x.calib, material, x.policy, x.budget)
             if problems:

@@ -48,12 +48,14 @@ class Trace:
 
 @dataclass(frozen=True)
 class Graded:
-    """A trace with its verdict."""
+    """A trace with its verdict; `thinking` of its tokens come before the answer, all of them where it never `closed` that."""
 
     trace: Trace
     answer: str | None
     verdict: Verdict
     level: int | None = None
+    thinking: int = 0
+    closed: bool = True
 
 
 @dataclass(frozen=True)
@@ -166,6 +168,8 @@ class Outcome:
     tokens: int
     finish: Finish
     looping: bool
+    thinking: int = 0
+    closed: bool = True
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,7 @@ class Score:
     truncated: float
     looping: float
     no_answer: float
+    unclosed: float
     grader_failed: float
     seconds: float
     tokens_per_second: float

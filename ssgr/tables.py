@@ -25,7 +25,13 @@ _TRACE = pa.schema(
         ("on_policy", pa.bool_()),
     ]
 )
-_VERDICT = [("answer", pa.string()), ("verdict", pa.string()), ("level", pa.int32())]
+_VERDICT = [
+    ("answer", pa.string()),
+    ("verdict", pa.string()),
+    ("level", pa.int32()),
+    ("thinking", pa.int32()),
+    ("closed", pa.bool_()),
+]
 _GRADED = pa.schema([*_TRACE, *[pa.field(*column) for column in _VERDICT]])
 _OUTCOME = pa.schema(
     [
@@ -37,6 +43,8 @@ _OUTCOME = pa.schema(
         ("tokens", pa.int32()),
         ("finish", pa.string()),
         ("looping", pa.bool_()),
+        ("thinking", pa.int32()),
+        ("closed", pa.bool_()),
     ]
 )
 _ROW = pa.schema(
@@ -83,20 +91,20 @@ def _trace(row: dict[str, Any]) -> Trace:
 
 
 def write_graded(path: Path, graded: Sequence[Graded]) -> None:
-    """Write graded traces: a trace's columns, then answer, verdict and level."""
-    rows = [{**_plain(g.trace), "answer": g.answer, "verdict": str(g.verdict), "level": g.level} for g in graded]
+    """Write graded traces: a trace's columns, then those of its verdict."""
+    rows = [{**_plain(g.trace), **_plain(g), "verdict": str(g.verdict)} for g in graded]
+    for row in rows:
+        del row["trace"]
     _write(path, rows, _GRADED)
 
 
 def read_graded(path: Path) -> list[Graded]:
     """Read what `write_graded` wrote."""
-    own = ("answer", "verdict", "level")
-    return [
-        Graded(
-            _trace({k: v for k, v in row.items() if k not in own}), row["answer"], Verdict(row["verdict"]), row["level"]
-        )
-        for row in _read(path)
-    ]
+    out = []
+    for row in _read(path):
+        own = {name: row.pop(name) for name, _ in _VERDICT}
+        out.append(Graded(_trace(row), **{**own, "verdict": Verdict(own["verdict"])}))
+    return out
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:

@@ -6,12 +6,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr.model import Model
 
@@ -38,6 +40,21 @@ SMALL = (  # a cell that takes seconds
 def tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of the tiny model."""
     return TINY.tokenizer()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that lies in memory, for engines that load it."""
+
+    model: Any
+
+    def load(self) -> PreTrainedModel:
+        """The model."""
+        return self.model  # type: ignore[no-any-return]
+
+    def files(self) -> Path:
+        """None: it has no files."""
+        raise AssertionError("this model has no files")
 
 
 def random_model(seed: int = 0, layers: int = 2, vocabulary: int = 64) -> Qwen2ForCausalLM:

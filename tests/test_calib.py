@@ -22,7 +22,7 @@ NO_FILTER = Policy(Difficulty("any", 0, 1, True, True), Length("any", "percentil
 
 def material(tokenizer: PreTrainedTokenizerBase, problem: Problem, prompt: str) -> Material:
     ids = tuple(tokenizer(prompt)["input_ids"])
-    return Material(tokenizer, lambda question: ids, [problem], [], 100, 100, TINY.end_think)
+    return Material(tokenizer, lambda question: ids, [problem], [], 100, 100, TINY.thinking)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import socket
 import threading
@@ -17,10 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, Sampler, batch, slots
-from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.sampler import Decoding, Request, Sampler, batch, slots, stop_ids
+from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.sampler.server import ServerSampler
+from ssgr.sampler.vllm import VllmSampler
 from ssgr.stages.sample import sample
 from ssgr.tables import write_traces
 from tests.conftest import TINY
@@ -46,7 +48,7 @@ class Server:
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         request = Request("any", 0, tuple(body["prompt"]))
         decoding = Decoding(1, body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
-        stop = stop_ids(self.model, self.tokenizer)
+        stop = stop_ids(self.model.generation_config, self.tokenizer)
         (trace,) = (t for some in slots.decode(self.model, [request], decoding, stop, 1) for t in some)
         out = {
             "finish_reason": trace.finish,
@@ -103,12 +105,18 @@ def running(server: Server) -> Iterator[str]:
 class Batches(HfSampler):
     """The hf engine with a model that slots do not serve."""
 
-    def sample(self, model: Any, tokenizer: Any, asked: Any, decoding: Decoding) -> Iterator[list[Trace]]:
+    def sample(self, checkpoint: Any, tokenizer: Any, asked: Any, decoding: Decoding) -> Iterator[list[Trace]]:
+        model = checkpoint.load()
         for first in range(0, len(asked), self.batch_size):
-            yield batch.decode(model, asked[first : first + self.batch_size], decoding, stop_ids(model, tokenizer))
+            yield batch.decode(
+                model, asked[first : first + self.batch_size], decoding, stop_ids(model.generation_config, tokenizer)
+            )
 
 
-@pytest.fixture(params=["slots", "batches", "server", "replay"])
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(params=["slots", "batches", "server", "replay", pytest.param("vllm", marks=NO_VLLM)])
 def engine(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> Iterator[Callable[..., Sampler]]:
@@ -121,10 +129,12 @@ def engine(
     elif request.param == "server":
         with running(Server(model, tokenizer)) as url:
             yield lambda *asked: ServerSampler(url, concurrency=3)
+    elif request.param == "vllm":
+        yield lambda *asked: VllmSampler(batch_size=7)
     else:
 
         def replay(asked: list[Request], decoding: Decoding) -> Sampler:
-            traces = [t for some in HfSampler(7).sample(model, tokenizer, asked, decoding) for t in some]
+            traces = [t for some in HfSampler(7).sample(TINY, tokenizer, asked, decoding) for t in some]
             write_traces(tmp_path / "traces.parquet", traces)
             return ReplaySampler(str(tmp_path / "traces.parquet"), True)
 
@@ -133,8 +143,7 @@ def engine(
 
 def drawn(engine: Callable[..., Sampler], tokenizer: Any, asked: list[Request], decoding: Decoding) -> dict[Any, Trace]:
     own = engine(asked, decoding)
-    model = TINY.load() if own.wants_model else None
-    out = [trace for some in own.sample(model, tokenizer, asked, decoding) for trace in some]
+    out = [trace for some in own.sample(TINY, tokenizer, asked, decoding) for trace in some]
     assert len(out) == len(asked)
     return {(trace.problem_id, trace.attempt): trace for trace in out}
 
@@ -145,7 +154,7 @@ def test_an_engine_keeps_the_contract(engine: Callable[..., Sampler], tokenizer:
     ]
     first, again = (drawn(engine, tokenizer, asked, SAMPLING) for _ in range(2))
     assert first == again, "the same seed gives the same traces"
-    stop = stop_ids(TINY.load(), tokenizer)
+    stop = stop_ids(TINY.load().generation_config, tokenizer)
     for one in asked:
         trace = first[one.problem_id, one.attempt]
         assert trace.prompt_ids == one.prompt_ids
@@ -166,7 +175,7 @@ def test_an_engine_keeps_the_contract(engine: Callable[..., Sampler], tokenizer:
 def ask(url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, **how: Any) -> list[Trace]:
     asked = requests(tokenizer, count, 1)
     own = ServerSampler(url, concurrency=2, **{"retries": 1, **how})
-    return [t for some in own.sample(None, tokenizer, asked, SAMPLING) for t in some]
+    return [t for some in own.sample(TINY, tokenizer, asked, SAMPLING) for t in some]
 
 
 def test_a_busy_server_is_asked_again(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -221,7 +230,7 @@ def test_a_server_that_dies_loses_nothing(tokenizer: PreTrainedTokenizerBase, tm
     def run(url: str) -> list[Trace]:
         own = ServerSampler(url, concurrency=2, retries=1)
         prompt = lambda question: TINY.prompt_ids(tokenizer, question)
-        return sample(TINY.load, tokenizer, prompt, problems, own, Decoding(1, 0.6, 0.95, 60, 0), tmp_path)
+        return sample(TINY, tokenizer, prompt, problems, own, Decoding(1, 0.6, 0.95, 60, 0), tmp_path)
 
     dying = Server(TINY.load(), tokenizer, dies_after=5)
     with running(dying) as url, pytest.raises(ValueError, match="what was sampled before is kept"):
@@ -231,3 +240,17 @@ def test_a_server_that_dies_loses_nothing(tokenizer: PreTrainedTokenizerBase, tm
     with running(other) as url:
         assert len(run(url)) == 8
     assert other.served == 3, "only what was missing is asked for"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_that_is_not_installed_is_one_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"vLLM is not installed; type pip install 'ssgr\[vllm\]', or sampler=hf"):
+        list(VllmSampler().sample(TINY, tokenizer, requests(tokenizer, 1), SAMPLING))
+
+
+@pytest.mark.parametrize(
+    "setting", [{"batch_size": 0}, {"tensor_parallel": 0}, {"data_parallel": 0}, {"memory_share": 1.5}]
+)
+def test_numbers_that_vllm_cannot_use_are_refused(setting: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=rf"sampler.engine.{next(iter(setting))}="):
+        VllmSampler(**setting)

@@ -79,8 +79,7 @@ def test_letters(text: str, found: str | None) -> None:
     assert letter(text) == found
 
 
-def test_choice_takes_the_answer_part_and_refuses_golds_that_are_no_letters() -> None:
-    grades = Choice().grade([("b", "A</think>(B)"), ("B", "B"), ("(C)", "</think>Answer: D"), ("blue", "</think>A")])
+def test_choice_refuses_golds_that_are_no_letters() -> None:
+    grades = Choice().grade([("b", "(B)"), ("B", ""), ("(C)", "Answer: D"), ("blue", "A")])
     assert [g.verdict for g in grades] == [Verdict.RIGHT, Verdict.NO_ANSWER, Verdict.WRONG, Verdict.GRADER_FAILED]
-    assert Choice(require_end_think=False).grade([("B", "B")])[0].verdict is Verdict.RIGHT
     assert grades[3].why == "the gold answer 'blue' is no letter"

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssgr.grader import Grade, answer_part
+from ssgr.grader import Grade
 from ssgr.grader.exact import Exact, number
 from ssgr.grader.math import MathVerify
 from ssgr.records import Verdict
@@ -22,22 +22,6 @@ from ssgr.records import Verdict
 RIGHT, WRONG, NO_ANSWER, FAILED = Verdict.RIGHT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.GRADER_FAILED
 PAIRS = Path(__file__).parents[2] / "shared" / "data" / "grading" / "pairs.jsonl"
 TOWER = "$9^{9^{9^{9}}}$"  # sympy would write it out
-
-
-@pytest.mark.parametrize(
-    ("response", "end_think", "required", "part"),
-    [
-        ("a</think>b", "</think>", True, "b"),
-        ("a</think>b</think>c", "</think>", True, "c"),
-        ("a", "</think>", True, None),
-        ("a", "</think>", False, "a"),
-        ("a</think>", "</think>", True, ""),
-        ("a</think>b", None, True, "a</think>b"),
-        ("a</think>b", "", True, "a</think>b"),
-    ],
-)
-def test_answer_part(response: str, end_think: str | None, required: bool, part: str | None) -> None:
-    assert answer_part(response, end_think, required) == part
 
 
 @pytest.mark.parametrize(
@@ -69,17 +53,12 @@ def test_answer_part(response: str, end_think: str | None, required: bool, part:
     ],
 )
 def test_exact(gold: str, answer: str, verdict: Verdict, found: str | None) -> None:
-    assert Exact().grade([(gold, "7 8 9</think>" + answer)]) == [Grade(verdict, found)]
+    assert Exact().grade([(gold, answer)]) == [Grade(verdict, found)]
 
 
 def test_exact_warns_of_golds_that_only_another_grader_reads(caplog: pytest.LogCaptureFixture) -> None:
-    Exact(None).grade([(r"\frac{1}{2}", "1/2"), ("A", "A")])
+    Exact().grade([(r"\frac{1}{2}", "1/2"), ("A", "A")])
     assert "1 of 2 gold answers are LaTeX" in caplog.text and "type grader=math" in caplog.text
-
-
-def test_exact_without_the_tag() -> None:
-    assert Exact().grade([("7", "7")]) == [Grade(NO_ANSWER)]
-    assert Exact(require_end_think=False).grade([("7", "7")]) == [Grade(RIGHT, "7")]
 
 
 @pytest.mark.parametrize(
@@ -100,13 +79,13 @@ def test_exact_without_the_tag() -> None:
 )
 def test_exact_takes_a_megabyte_in_linear_time(unit: str, end: str, verdict: Verdict) -> None:
     start = time.process_time()
-    (grade,) = Exact(require_end_think=False).grade([("7", unit * (2**20 // len(unit)) + end)])
+    (grade,) = Exact().grade([("7", unit * (2**20 // len(unit)) + end)])
     assert grade.verdict is verdict
     assert time.process_time() - start < 3  # a quadratic search takes hours
 
 
 def test_exact_compares_numbers_that_are_too_long_to_convert() -> None:
-    grader, nines = Exact(require_end_think=False), "9" * 5000
+    grader, nines = Exact(), "9" * 5000
     pairs = [(nines, "+" + nines + ".00"), (nines, nines + "9"), ("1e999999999", "1e999999999"), ("1", "1e-999999999")]
     assert [g.verdict for g in grader.grade(pairs)] == [RIGHT, WRONG, RIGHT, WRONG]
 
@@ -121,8 +100,8 @@ def test_exact_a_number_equals_itself_however_written(whole: int, digits: int, z
     assert [number(form) for form in forms] == [value] * len(forms)
     said = [f"of 12 the answer is {form}." if words else form for form in forms]
     pairs = [(gold, response) for gold in forms for response in said]
-    assert {g.verdict for g in Exact(require_end_think=False).grade(pairs)} == {RIGHT}
-    other = Exact(require_end_think=False).grade([(str(value + 1), response) for response in said])
+    assert {g.verdict for g in Exact().grade(pairs)} == {RIGHT}
+    other = Exact().grade([(str(value + 1), response) for response in said])
     assert {g.verdict for g in other} == {WRONG}
 
 
@@ -148,9 +127,7 @@ MATH = [
 
 
 def test_math() -> None:
-    grades = MathVerify(seconds=60, workers=1).grade(
-        [(gold, r"\boxed{99}</think>" + answer) for gold, answer, _ in MATH]
-    )
+    grades = MathVerify(seconds=60, workers=1).grade([(gold, answer) for gold, answer, _ in MATH])
     said = [(gold, answer, g.verdict) for (gold, answer, _), g in zip(MATH, grades, strict=True)]
     assert said == MATH
     assert grades[3].answer == r"\sqrt{117}"
@@ -158,12 +135,12 @@ def test_math() -> None:
 
 def test_math_without_an_answer_starts_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)
-    assert MathVerify().grade([("7", r"<think>\boxed{7}"), ("7", "</think> \n")]) == [Grade(NO_ANSWER)] * 2
+    assert MathVerify().grade([("7", ""), ("7", " \n")]) == [Grade(NO_ANSWER)] * 2
     assert MathVerify().grade([]) == []
 
 
 def test_math_an_answer_that_hangs_loses_no_other() -> None:
-    grader = MathVerify(seconds=1.5, workers=2, require_end_think=False)
+    grader = MathVerify(seconds=1.5, workers=2)
     pairs = [(str(i), rf"\boxed{{{i}}}" if i % 3 else r"\boxed{-1}") for i in range(12)]
     pairs[5] = ("7", TOWER)
     start = time.monotonic()
@@ -178,7 +155,7 @@ def test_math_an_answer_that_hangs_loses_no_other() -> None:
 def test_math_an_answer_that_wants_memory_loses_no_other() -> None:
     hogs = ["$2^{2^{33}}$", "$" + "{" * 10**6 + "$"]  # the MemoryError of the first is swallowed by Math-Verify
     pairs = [("7", "$7$"), ("7", hogs[0]), ("8", "$8$"), ("7", hogs[1]), ("9", "$9$")]
-    grades = MathVerify(seconds=60, memory_gib=0.03, workers=1, require_end_think=False).grade(pairs)
+    grades = MathVerify(seconds=60, memory_gib=0.03, workers=1).grade(pairs)
     assert [g.verdict for g in grades] == [RIGHT, FAILED, RIGHT, FAILED, RIGHT]
 
 
@@ -186,7 +163,7 @@ def test_math_memory_is_bounded() -> None:
     """In an interpreter of its own, whose only children are the graders."""
     code = (
         "import resource\nfrom ssgr.grader.math import MathVerify\n"
-        "grader = MathVerify(seconds=60, memory_gib=0.03, workers=1, require_end_think=False)\n"
+        "grader = MathVerify(seconds=60, memory_gib=0.03, workers=1)\n"
         "print(grader.grade([('7', '$2^{2^{33}}$')])[0].verdict)\n"
         "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
     )
@@ -199,7 +176,7 @@ def test_math_memory_is_bounded() -> None:
 
 def test_math_takes_a_megabyte() -> None:
     pairs = [("7", "{" * 2**20), ("8", "$8$"), ("7", "$" + "{" * 2**20 + "$"), ("9", "$9$")]
-    grades = MathVerify(seconds=1.5, workers=1, require_end_think=False).grade(pairs)
+    grades = MathVerify(seconds=1.5, workers=1).grade(pairs)
     assert {grades[0].verdict, grades[2].verdict} <= {NO_ANSWER, FAILED}
     assert grades[1::2] == [Grade(RIGHT, "8"), Grade(RIGHT, "9")]
 
@@ -227,7 +204,7 @@ def test_importing_the_graders_imports_no_sympy() -> None:
 def test_math_agrees_with_collected_cases() -> None:
     # The rest: 9 ask for a bare letter, 4 for LaTeX without delimiters, others were tested with looser settings.
     cases = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
-    grades = MathVerify(seconds=60, require_end_think=False).grade([(c["gold"], c["pred"]) for c in cases])
+    grades = MathVerify(seconds=60).grade([(c["gold"], c["pred"]) for c in cases])
     agree = sum((g.verdict is RIGHT) == c["expected"] for g, c in zip(grades, cases, strict=True))
     accepted = sum(g.verdict is RIGHT and not c["expected"] for g, c in zip(grades, cases, strict=True))
     assert agree >= 193, f"{agree} of {len(cases)}; 195 of 220 were measured with Math-Verify 0.9.0"
@@ -246,5 +223,5 @@ def test_math_agrees_with_collected_cases() -> None:
 )  # fmt: skip
 def test_math_small_and_scientific_numbers_and_cut_texts(gold: str, answer: str, verdict: Verdict | None) -> None:
     """Math-Verify alone reads 1e-5 as 1 e - 5, takes all numbers below its six decimals for equal, and may cut a text."""
-    (grade,) = MathVerify(require_end_think=False, workers=1).grade([(gold, answer)])
+    (grade,) = MathVerify(workers=1).grade([(gold, answer)])
     assert grade.verdict is verdict if verdict else grade.verdict is not RIGHT

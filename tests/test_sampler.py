@@ -13,21 +13,27 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Decoding, Request, stop_ids
 from ssgr.sampler.batch import decode
-from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.nucleus import pick
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.stages.sample import sample, seconds
 from ssgr.tables import read_traces, write_traces
-from tests.conftest import TINY, random_model
+from tests.conftest import TINY, Loaded, random_model
 
 SAMPLING = Decoding(2, 0.6, 0.95, 120, 0)
 GREEDY = Decoding(1, 0.0, 1.0, 80, 0)
 
 
-def _never() -> PreTrainedModel:
-    raise AssertionError("nothing was left to sample")
+class Never(Loaded):
+    """A model that is not to be loaded."""
+
+    def load(self) -> PreTrainedModel:
+        raise AssertionError("nothing was left to sample")
+
+
+NEVER = Never(None)
 
 
 def requests(tokenizer: PreTrainedTokenizerBase, problems: int = 12, attempts: int = 2) -> list[Request]:
@@ -74,7 +80,7 @@ def test_pick_is_the_inverse_distribution_function() -> None:
 def test_greedy_decoding_is_that_of_generate(tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = requests(tokenizer, attempts=1)
-    got = decode(model, rows, GREEDY, stop_ids(model, tokenizer))
+    got = decode(model, rows, GREEDY, stop_ids(model.generation_config, tokenizer))
     config = GenerationConfig(do_sample=False, max_new_tokens=80, eos_token_id=1, pad_token_id=2)
     for row, trace in zip(rows, got, strict=True):
         want = model.generate(torch.tensor([row.prompt_ids]), generation_config=config)[0, len(row.prompt_ids) :]
@@ -87,7 +93,7 @@ def test_traces_do_not_depend_on_the_batch(tokenizer: PreTrainedTokenizerBase) -
     rows = requests(tokenizer)
     traces = []
     for size in (1, 5, 64):
-        found = [t for batch in HfSampler(size).sample(model, tokenizer, rows, SAMPLING) for t in batch]
+        found = [t for batch in HfSampler(size).sample(Loaded(model), tokenizer, rows, SAMPLING) for t in batch]
         traces.append({(t.problem_id, t.attempt): t.generated_ids for t in found})
     assert traces[0] == traces[1] == traces[2]
 
@@ -97,7 +103,7 @@ def test_seeds_and_attempts_differ(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = requests(tokenizer, problems=8, attempts=2)
     other = Decoding(2, 0.6, 0.95, 120, 1)
     a, b, c = (
-        [t.generated_ids for t in decode(model, rows, d, stop_ids(model, tokenizer))]
+        [t.generated_ids for t in decode(model, rows, d, stop_ids(model.generation_config, tokenizer))]
         for d in (SAMPLING, SAMPLING, other)
     )
     assert a == b != c
@@ -107,18 +113,18 @@ def test_seeds_and_attempts_differ(tokenizer: PreTrainedTokenizerBase) -> None:
 def test_stop_and_length_finish_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = requests(tokenizer)
-    whole = decode(model, rows, SAMPLING, stop_ids(model, tokenizer))
+    whole = decode(model, rows, SAMPLING, stop_ids(model.generation_config, tokenizer))
     assert all((t.generated_ids[-1] == tokenizer.eos_token_id) == (t.finish == "stop") for t in whole)
     assert all(tokenizer.eos_token_id not in t.generated_ids[:-1] for t in whole)
-    cut = decode(model, rows, Decoding(2, 0.6, 0.95, 4, 0), stop_ids(model, tokenizer))
+    cut = decode(model, rows, Decoding(2, 0.6, 0.95, 4, 0), stop_ids(model.generation_config, tokenizer))
     assert all(t.finish == "length" and len(t.generated_ids) == 4 for t in cut)
     assert all(a.generated_ids[:4] == b.generated_ids for a, b in zip(whole, cut, strict=True))
 
 
 def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Request("long", 0, tuple(range(100)))]
-    with pytest.raises(ValueError, match=r"the prompt of long has 100 tokens.*context is 128; type max_new_tokens=28"):
-        list(HfSampler(2).sample(random_model(), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
+    with pytest.raises(ValueError, match=r"1 of 1 prompts.*of 128 tokens.*long with 100; type max_new_tokens=28"):
+        list(HfSampler(2).sample(Loaded(random_model()), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
 
 
 @pytest.mark.parametrize("damaged", [0, 1])
@@ -133,7 +139,7 @@ def test_a_killed_run_samples_only_what_is_missing(
     class Dying:
         """Gives two batches, then dies."""
 
-        wants_model = True
+        runs_model = True
 
         def sample(self, model, tokenizer, requests, decoding):  # type: ignore[no-untyped-def]
             for n, batch in enumerate(HfSampler(4).sample(model, tokenizer, requests, decoding)):
@@ -154,20 +160,20 @@ def test_a_killed_run_samples_only_what_is_missing(
         return TINY.prompt_ids(tokenizer, question)
 
     with pytest.raises(Killed):
-        sample(TINY.load, tokenizer, prompt, problems, Dying(), SAMPLING, tmp_path)
+        sample(TINY, tokenizer, prompt, problems, Dying(), SAMPLING, tmp_path)
     assert not (tmp_path / "traces.parquet").exists()
     for part in sorted((tmp_path / "parts").iterdir())[:damaged]:
         part.write_bytes(part.read_bytes()[:100])
     second = Counting()
-    got = sample(TINY.load, tokenizer, prompt, problems, second, SAMPLING, tmp_path)
+    got = sample(TINY, tokenizer, prompt, problems, second, SAMPLING, tmp_path)
     assert second.asked == 12 - 8 + 4 * damaged
     assert caplog.text.count("is damaged") == damaged
     other = tmp_path / "undisturbed"
     other.mkdir()
-    assert got == sample(TINY.load, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)
+    assert got == sample(TINY, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)
     spent = seconds(tmp_path)
     assert spent > 0
-    again = sample(_never, tokenizer, prompt, problems, HfSampler(4), SAMPLING, tmp_path)  # killed while published
+    again = sample(NEVER, tokenizer, prompt, problems, HfSampler(4), SAMPLING, tmp_path)  # killed while published
     assert again == got and seconds(tmp_path) == spent
     assert read_traces(tmp_path / "traces.parquet") == got
 
@@ -187,15 +193,15 @@ def saved(tmp_path: Path, suffix: str) -> tuple[Path, list[Trace]]:
 def test_replay_gives_back_what_was_saved(suffix: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file, traces = saved(tmp_path, suffix)
     rows = [Request(t.problem_id, t.attempt, (7,)) for t in traces]
-    assert list(ReplaySampler(str(file)).sample(None, tokenizer, rows, SAMPLING)) == [traces]
+    assert list(ReplaySampler(str(file)).sample(TINY, tokenizer, rows, SAMPLING)) == [traces]
 
 
 def test_replay_names_the_first_missing_attempt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     file, _ = saved(tmp_path, ".jsonl")
     with pytest.raises(ValueError, match="lacks 1 of 1 traces, the first is attempt 5 of p0"):
-        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
     with pytest.raises(ValueError, match="no such file"):
-        list(ReplaySampler("nowhere.jsonl").sample(None, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
+        list(ReplaySampler("nowhere.jsonl").sample(TINY, tokenizer, [Request("p0", 5, (1,))], SAMPLING))
 
 
 @pytest.mark.parametrize("bad", [{"attempts": 0}, {"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}])
@@ -210,7 +216,15 @@ def test_replayed_traces_of_another_model_are_refused(tmp_path: Path, tokenizer:
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps(row))
     with pytest.raises(ValueError, match="outside the model's vocabulary of 512"):
-        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("a", 0, (1,))], GREEDY))
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], GREEDY))
     file.write_text("[1]")
     with pytest.raises(ValueError, match=r"t\.jsonl, row 1: a trace must be a JSON object"):
-        list(ReplaySampler(str(file)).sample(None, tokenizer, [Request("a", 0, (1,))], GREEDY))
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], GREEDY))
+
+
+def test_a_line_of_traces_may_hold_any_sign(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"problem_id": "a", "attempt": 0, "generated_ids": [5], "finish": "stop", "text": "one\u2028two\x85three"}
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
+    ((trace,),) = ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], GREEDY)
+    assert trace.generated_ids == (5,)

@@ -20,11 +20,11 @@ from transformers import (
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, slots
+from ssgr.sampler import Decoding, Request, slots, stop_ids
 from ssgr.sampler.batch import decode as decode_batch
-from ssgr.sampler.hf import HfSampler, stop_ids
+from ssgr.sampler.hf import HfSampler
 from ssgr.stages.sample import sample
-from tests.conftest import TINY, Run, random_model
+from tests.conftest import TINY, Loaded, Run, random_model
 from tests.test_sampler import requests
 
 SIZE = {
@@ -77,7 +77,7 @@ def test_traces_are_those_of_single_rows_whatever_the_slots(size: int, tokenizer
     rows = [
         Request(r.problem_id, r.attempt, r.prompt_ids, 5 + 13 * i % 90) for i, r in enumerate(requests(tokenizer, 16))
     ]
-    decoding, stop = Decoding(2, 0.6, 0.95, 120, 3), stop_ids(model, tokenizer)
+    decoding, stop = Decoding(2, 0.6, 0.95, 120, 3), stop_ids(model.generation_config, tokenizer)
     got = by_id([t for some in slots.decode(model, rows, decoding, stop, size) for t in some])
     want = by_id([t for row in rows for t in decode_batch(model, [row], decoding, stop)])
     assert got == want
@@ -110,7 +110,7 @@ def test_the_longest_rows_keep_the_first_shelves() -> None:
 def test_traces_come_as_they_are_finished(tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = requests(tokenizer, problems=20)
-    some = [len(batch) for batch in HfSampler(8).sample(model, tokenizer, rows, Decoding(2, 0.6, 0.95, 100, 0))]
+    some = [len(batch) for batch in HfSampler(8).sample(Loaded(model), tokenizer, rows, Decoding(2, 0.6, 0.95, 100, 0))]
     assert sum(some) == 40 and len(some) >= 4 and max(some) <= 15
     assert model.config._attn_implementation == "sdpa"  # as it was
 
@@ -120,7 +120,7 @@ def test_models_that_slots_do_not_serve_are_decoded_in_batches(tokenizer: PreTra
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
     assert not slots.serves(model)
     rows = [Request(str(i), 0, tuple(range(3, 9 + i)), 4 + i) for i in range(5)]
-    got = [t for some in HfSampler(2).sample(model, tokenizer, rows, Decoding(1, 0, 1, 20, 0)) for t in some]
+    got = [t for some in HfSampler(2).sample(Loaded(model), tokenizer, rows, Decoding(1, 0, 1, 20, 0)) for t in some]
     assert all(len(t.generated_ids) <= 4 + int(t.problem_id) for t in got) and len(got) == 5
     eager = random_model()
     eager.set_attn_implementation("eager")
@@ -149,7 +149,7 @@ def test_a_larger_cap_goes_on_with_what_was_cut(tokenizer: PreTrainedTokenizerBa
             "sample",
             lambda: earlier,
         )
-        return sample(TINY.load, tokenizer, prompt, *given)
+        return sample(TINY, tokenizer, prompt, *given)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(slots.Slots, "step", step)

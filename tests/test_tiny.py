@@ -144,11 +144,9 @@ def test_it_reasons(tokenizer: PreTrainedTokenizerBase) -> None:
     problems = ArithmeticProblems((1, 2, 3), 1, 96, 11).read("test")
     requests = [Request(p.id, 0, TINY.prompt_ids(tokenizer, p.question)) for p in problems]
     traces = [
-        t
-        for part in HfSampler(96).sample(TINY.load(), tokenizer, requests, Decoding(1, 0.6, 0.95, 200, 0))
-        for t in part
+        t for part in HfSampler(96).sample(TINY, tokenizer, requests, Decoding(1, 0.6, 0.95, 200, 0)) for t in part
     ]
-    right = [g.verdict is Verdict.RIGHT for g in grade(traces, problems, tokenizer, Exact())]
+    right = [g.verdict is Verdict.RIGHT for g in grade(traces, problems, tokenizer, Exact(), TINY.thinking)]
     assert sum(right) / len(right) > 0.8
     assert max(len(t.generated_ids) for t in traces) > 2.5 * min(len(t.generated_ids) for t in traces)
 

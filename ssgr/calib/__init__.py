@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Graded, Problem
 from ssgr.select import Candidates, Policy
+from ssgr.thinking import Thinking
 
 Needs = Literal["nothing", "problems", "traces"]
 
@@ -24,7 +25,7 @@ class Material:
     graded: Sequence[Graded]
     tokens: int  # how many tokens are wanted, for sources that have no end
     row_tokens: int  # the longest row the budget takes
-    end_think: str  # the tag that closes the thinking
+    thinking: Thinking  # the tags around it
 
 
 class Source(Protocol):

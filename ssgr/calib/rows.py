@@ -186,9 +186,9 @@ class Written(_Plain):
             if problem.solution:
                 prompt = material.prompt_ids(problem.question)
                 answer = "" if problem.answer == problem.solution else f"\n{problem.answer}"
-                opened = material.end_think.replace("/", "")
-                opening = "" if str(tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(opened) else f"{opened}\n"
-                text = f"{opening}{problem.solution}\n{material.end_think}{answer}"
+                start, end = material.thinking.start or "", material.thinking.end or ""
+                opened = not start or str(tokenizer.decode(list(prompt[-8:]))).rstrip().endswith(start)
+                text = f"{'' if opened else start + chr(10)}{problem.solution}\n{end}{answer}"
                 response = [*tokenizer(text, add_special_tokens=False)["input_ids"], *stop]
                 rows.append(Row(prompt + tuple(response), len(prompt), problem.id, problem.level))
         if not rows:

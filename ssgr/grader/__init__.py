@@ -1,4 +1,4 @@
-"""Graders: whether a response gives the gold answer."""
+"""Graders: whether the answer part of a response gives the gold answer."""
 
 from __future__ import annotations
 
@@ -22,18 +22,5 @@ class Grader(Protocol):
     """A way to compare answers."""
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (gold answer, response) pairs, in order."""
+        """Grade (gold answer, answer part) pairs, in order."""
         ...
-
-
-def answer_part(response: str, end_think: str | None = "</think>", required: bool = True) -> str | None:
-    """What follows the last end-of-think tag; without the tag, None if it is `required`, else all of the response.
-
-    A model that does not think has no tag (None or empty): all of the response is the answer part.
-    """
-    if not end_think:
-        return response
-    _, tag, after = response.rpartition(end_think)
-    if tag:
-        return after
-    return None if required else response

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ssgr.grader import Grade, answer_part
+from ssgr.grader import Grade
 from ssgr.records import Verdict
 
 _LETTER = r"[(\[{*$ ]*(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?([A-Z])(?![A-Za-z'\u2019])"
@@ -26,19 +26,15 @@ class Choice:
     that opens a line or stands on one alone; without that, the last capital that stands alone, A and I left out.
     """
 
-    end_think: str | None = "</think>"
-    require_end_think: bool = True
-
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (gold letter, response) pairs, in order; a gold that is no letter is `grader_failed`."""
-        return [self._one(gold, response) for gold, response in pairs]
+        """Grade (gold letter, answer part) pairs, in order; a gold that is no letter is `grader_failed`."""
+        return [self._one(gold, part) for gold, part in pairs]
 
-    def _one(self, gold: str, response: str) -> Grade:
+    def _one(self, gold: str, part: str) -> Grade:
         wanted = re.fullmatch(r"[(\s]*([A-Za-z])[).\s]*", gold)
         if not wanted:
             return Grade(Verdict.GRADER_FAILED, why=f"the gold answer {gold[:40]!r} is no letter")
-        part = answer_part(response, self.end_think, self.require_end_think)
-        found = letter(part) if part else None
+        found = letter(part)
         if found is None:
             return Grade(Verdict.NO_ANSWER)
         return Grade(Verdict.RIGHT if found == wanted[1].upper() else Verdict.WRONG, found)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ssgr.grader import Grade, answer_part
+from ssgr.grader import Grade
 from ssgr.records import Verdict
 
 _log = logging.getLogger("ssgr")
@@ -23,25 +23,21 @@ _PARTS = re.compile(r"([-+]?)0*(\d*)(?:\.(\d*?)0*)?(?:[eE]([-+]?)0*(\d*))?", re.
 
 @dataclass(frozen=True)
 class Exact:
-    """Compare the last number after the thinking with the gold; a gold that is no number, the last line as text."""
-
-    end_think: str | None = "</think>"
-    require_end_think: bool = True
+    """Compare the last number of the answer part with the gold; a gold that is no number, the last line as text."""
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (gold answer, response) pairs, in order; golds that only another grader can read are warned of."""
+        """Grade (gold answer, answer part) pairs, in order; golds that only another grader can read are warned of."""
         if odd := [gold for gold, _ in pairs if "\\" in gold or "\n" in gold]:
             _log.warning(
                 "grader=exact: %d of %d gold answers are LaTeX or several lines, such as %.60r, and are compared as text; "
                 "type grader=math",
                 len(odd), len(pairs), odd[0],
             )  # fmt: skip
-        return [self._one(gold, response) for gold, response in pairs]
+        return [self._one(gold, part) for gold, part in pairs]
 
-    def _one(self, gold: str, response: str) -> Grade:
-        part = answer_part(response, self.end_think, self.require_end_think)
+    def _one(self, gold: str, part: str) -> Grade:
         wanted = number(gold)
-        found = None if part is None else _last_line(part) if wanted is None else _last_number(part)
+        found = _last_line(part) if wanted is None else _last_number(part)
         if not found:
             return Grade(Verdict.NO_ANSWER)
         same = found.casefold() == gold.strip().casefold() if wanted is None else number(found) == wanted

@@ -25,7 +25,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import IO, Any
 
-from ssgr.grader import Grade, answer_part
+from ssgr.grader import Grade
 from ssgr.records import Verdict
 
 _START_SECONDS = 120.0  # importing sympy takes one second, and many on a cold network file system
@@ -47,8 +47,6 @@ class MathVerify:
     seconds: float = 5.0
     memory_gib: float = 2.0
     workers: int | None = field(default=None, metadata={"key": False})
-    end_think: str | None = "</think>"
-    require_end_think: bool = True
 
     def __post_init__(self) -> None:
         for name in ("seconds", "memory_gib"):
@@ -58,14 +56,13 @@ class MathVerify:
             raise ValueError(f"grader.workers={self.workers}: give 1 or more, or null for one a core")
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grade (gold answer, response) pairs, in order.
+        """Grade (gold answer, answer part) pairs, in order.
 
         Raises:
             ValueError: the child processes do not start, for example since Math-Verify is not installed.
         """
         grades = [Grade(Verdict.NO_ANSWER)] * len(pairs)
-        parts = [answer_part(response, self.end_think, self.require_end_think) for _, response in pairs]
-        todo = [(i, pairs[i][0], part) for i, part in enumerate(parts) if part and not part.isspace()]
+        todo = [(i, gold, part) for i, (gold, part) in enumerate(pairs) if part and not part.isspace()]
         size = min(self.workers or _cores(), len(todo))
         if not todo:
             return grades

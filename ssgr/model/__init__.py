@@ -7,7 +7,7 @@ import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
 from ssgr.model.checkpoint import BESIDE, CARD, LEGAL
+from ssgr.products import finite
+from ssgr.thinking import Thinking
 
 _PACKAGED = "pkg://"
 _HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
@@ -35,7 +37,9 @@ class Model:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     chat: Mapping[str, Any] = field(default_factory=dict)
     system: str | None = None
-    end_think: str = "</think>"
+    thinking: Thinking = field(
+        default=Thinking(), metadata={"key": False}
+    )  # the stages that look at it are keyed by it
     trust_remote_code: bool = False
     max_new_tokens: int = field(default=32768, metadata={"key": False})  # what sampler and bench take by default
     calibration_tokens: int = field(default=262144, metadata={"key": False})  # likewise the budget
@@ -97,7 +101,6 @@ class Model:
             "dtype": self.dtype,
             "chat": dict(self.chat),
             "system": self.system,
-            "end_think": self.end_think,
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -138,7 +141,7 @@ class Model:
                 f"first is {missing[0]}; it was saved from a wrapper or another architecture: save the bare model again"
             )
         for name, weight in model.named_parameters():
-            if not torch.isfinite(weight).all():
+            if not finite(weight):
                 raise ValueError(
                     f"model.path={self.path}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"
                 )
@@ -181,7 +184,8 @@ class Model:
         """Token ids of `question` through the chat template, up to where the model goes on.
 
         Raises:
-            ValueError: the tokenizer has no chat template, or it refuses the system prompt.
+            ValueError: the tokenizer has no chat template, or one that refuses the system prompt, does not give the turn to the
+                model, or begins with two BOS.
         """
         if tokenizer.chat_template is None:
             raise ValueError(f"model={self.name}: its tokenizer has no chat template; use a reasoning or chat model")
@@ -189,12 +193,38 @@ class Model:
         turns.append({"role": "user", "content": question})
         try:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **self.chat)
+            given = _gives_the_turn(tokenizer, self.system, tuple(sorted(self.chat.items())))
         except TemplateError as error:
             raise ValueError(
                 f"model={self.name}: its chat template refuses model.system={self.system!r} model.chat={dict(self.chat)} "
                 f"({error}); type model.system=null"
             ) from error
-        return tuple(cast(list[int], ids))
+        if not given:
+            raise ValueError(
+                f"model={self.name}: its chat template has no generation prompt, so the model would go on with the question; "
+                "mend chat_template.jinja beside its tokenizer, or use a reasoning or chat model"
+            )
+        prompt = tuple(cast(list[int], ids))
+        if tokenizer.bos_token_id is not None and prompt[:2] == (tokenizer.bos_token_id,) * 2:
+            raise ValueError(
+                f"model={self.name}: its chat template begins with two {tokenizer.bos_token}; mend chat_template.jinja beside "
+                "its tokenizer"
+            )
+        return prompt
+
+
+@lru_cache(8)
+def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat: tuple[tuple[str, Any], ...]) -> bool:
+    """Whether a prompt ends where the answer begins: its template adds a generation prompt, or needs none (Mistral's)."""
+    turns = [{"role": "system", "content": system}] if system else []
+    turns.append({"role": "user", "content": "Question."})
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **dict(chat))
+    prompt, without = (str(render(turns, add_generation_prompt=on)) for on in (True, False))
+    if prompt != without:
+        return True
+    whole = str(render([*turns, {"role": "assistant", "content": "Answer."}]))
+    between, answer, _ = whole.removeprefix(prompt).partition("Answer.")
+    return whole.startswith(prompt) and bool(answer) and not between.strip()
 
 
 def _unquantised(config: Any) -> Any:

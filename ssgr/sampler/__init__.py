@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -55,20 +56,64 @@ class Request:
         return int.from_bytes(digest[:8]) >> 1
 
 
+class Checkpoint(Protocol):
+    """A model that is not loaded yet: an engine loads it, or reads its files."""
+
+    def load(self) -> PreTrainedModel:
+        """The loaded model."""
+        ...
+
+    def files(self) -> Path:
+        """The folder of its files."""
+        ...
+
+
 class Sampler(Protocol):
     """An engine that answers prompts; it yields traces batch by batch, so that a killed run loses one batch."""
 
     @property
-    def wants_model(self) -> bool:
-        """Whether the engine runs the model it is given (else the model is not loaded)."""
+    def runs_model(self) -> bool:
+        """Whether the engine runs the checkpoint it is given (else its traces are of whatever it was pointed at)."""
         ...
 
     def sample(
         self,
-        model: PreTrainedModel | None,
+        checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,
     ) -> Iterator[list[Trace]]:
         """Yield the traces of all `requests`, in batches, in any order."""
         ...
+
+
+def check_room(context: int | None, requests: Sequence[Request], decoding: Decoding) -> None:
+    """See that each prompt and what may follow it fit into a context of so many tokens (None: it is not known).
+
+    Raises:
+        ValueError: some do not; they are counted, and the longest is named.
+    """
+    over = [r for r in requests if context and len(r.prompt_ids) + r.most(decoding) > context]
+    if not over:
+        return
+    assert context
+    longest = max(over, key=lambda r: len(r.prompt_ids))
+    room = context - len(longest.prompt_ids)
+    what = f"{len({r.problem_id for r in over})} of {len({r.problem_id for r in requests})} prompts"
+    if room < 1:
+        raise ValueError(
+            f"{what} leave no room in the model's context of {context} tokens, the longest is that of {longest.problem_id} with "
+            f"{len(longest.prompt_ids)}; drop these problems, or shorten their prompts"
+        )
+    raise ValueError(
+        f"{what} leave no room for max_new_tokens={decoding.max_new_tokens} in the model's context of {context} tokens, the "
+        f"longest is that of {longest.problem_id} with {len(longest.prompt_ids)}; type max_new_tokens={room} or less for the "
+        "sampler or bench, or drop the problems"
+    )
+
+
+def stop_ids(generation: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token id that ends a response: those of the generation config (None: there is none) and the tokenizer's own."""
+    eos: Any = generation.eos_token_id if generation is not None else None
+    ids = eos if isinstance(eos, list) else [eos]
+    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, batch, slots
+from ssgr.sampler import Checkpoint, Decoding, Request, batch, check_room, slots, stop_ids
 from ssgr.sampler.attention import grouped_attention
 
 
@@ -24,13 +23,13 @@ class HfSampler:
             raise ValueError(f"sampler.batch_size={self.batch_size}: at least one row is decoded at a time")
 
     @property
-    def wants_model(self) -> bool:
+    def runs_model(self) -> bool:
         """True: this engine runs the model."""
         return True
 
     def sample(
         self,
-        model: PreTrainedModel | None,
+        checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,
@@ -40,10 +39,10 @@ class HfSampler:
         Raises:
             ValueError: a prompt leaves no room in the model's context.
         """
-        assert model is not None
-        _check_room(model, requests, decoding)
+        model = checkpoint.load()
+        check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
         ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.problem_id, r.attempt))
-        stop = stop_ids(model, tokenizer)
+        stop = stop_ids(model.generation_config, tokenizer)
         if slots.serves(model):
             yield from slots.decode(model, ordered, decoding, stop, self.batch_size)
             return
@@ -51,22 +50,3 @@ class HfSampler:
             with grouped_attention(model):
                 traces = batch.decode(model, ordered[start : start + self.batch_size], decoding, stop)
             yield traces
-
-
-def _check_room(model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding) -> None:
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(requests, key=lambda r: len(r.prompt_ids))
-    if context and len(longest.prompt_ids) + decoding.max_new_tokens > context:
-        raise ValueError(
-            f"the prompt of {longest.problem_id} has {len(longest.prompt_ids)} tokens and max_new_tokens is "
-            f"{decoding.max_new_tokens}, but the model's context is {context}; type max_new_tokens="
-            f"{max(1, context - len(longest.prompt_ids))} or less for the sampler or bench, or drop the problem"
-        )
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token id that ends a response: those of the generation config and the tokenizer's own."""
-    config = model.generation_config
-    eos: Any = config.eos_token_id if config is not None else None
-    ids = eos if isinstance(eos, list) else [eos]
-    return frozenset(i for i in [*ids, tokenizer.eos_token_id] if i is not None)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Checkpoint, Decoding, Request
 
 _NEEDED = ("problem_id", "attempt", "generated_ids", "finish")
 
@@ -25,7 +25,7 @@ class ReplaySampler:
     on_policy: bool = False
 
     @property
-    def wants_model(self) -> bool:
+    def runs_model(self) -> bool:
         """False: the model is not run."""
         return False
 
@@ -36,7 +36,7 @@ class ReplaySampler:
 
     def sample(
         self,
-        model: PreTrainedModel | None,
+        checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,
@@ -92,7 +92,7 @@ def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
         rows = pq.read_table(path).to_pylist()
     else:
-        lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 ends no line of JSON
         rows = [_row(line, f"{path.name}, row {number}") for number, line in lines if line.strip()]
     for number, row in enumerate(rows, 1):
         lacking = [name for name in _NEEDED if row.get(name) is None]

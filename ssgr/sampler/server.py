@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Checkpoint, Decoding, Request
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
@@ -53,13 +53,13 @@ class ServerSampler:
             raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0")
 
     @property
-    def wants_model(self) -> bool:
+    def runs_model(self) -> bool:
         """False: the server runs it."""
         return False
 
     def sample(
         self,
-        model: PreTrainedModel | None,
+        checkpoint: Checkpoint,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,

@@ -16,7 +16,7 @@ from ssgr.problems import Problems
 from ssgr.records import Graded, Outcome, Score, Verdict
 from ssgr.sampler import Decoding, Sampler
 
-VERSION = 1
+VERSION = 2
 OUTCOMES, SCORE = "outcomes.parquet", "score.json"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
@@ -54,6 +54,8 @@ def outcomes(graded: Sequence[Graded]) -> list[Outcome]:
             len(g.trace.generated_ids),
             g.trace.finish,
             g.trace.finish == "length" and is_looping(g.trace.generated_ids),
+            g.thinking,
+            g.closed,
         )
         for g in graded
     ]
@@ -87,6 +89,7 @@ def score(bench: str, attempts: Sequence[Outcome], seconds: float) -> Score:
         truncated=_share(attempts, lambda o: o.finish == "length"),
         looping=_share(attempts, lambda o: o.looping),
         no_answer=_share(attempts, lambda o: o.verdict is Verdict.NO_ANSWER),
+        unclosed=_share(attempts, lambda o: not o.closed),
         grader_failed=_share(attempts, lambda o: o.verdict is Verdict.GRADER_FAILED),
         seconds=seconds,
         tokens_per_second=tokens / seconds if seconds else 0.0,

@@ -9,30 +9,30 @@ from transformers import PreTrainedTokenizerBase
 from ssgr.grader import Grade, Grader
 from ssgr.records import Graded, Problem, Trace
 from ssgr.stages.progress import Progress
+from ssgr.thinking import Thinking
 
-VERSION = 2
+VERSION = 3
 GRADED = "graded.parquet"
 _CHUNK = 2000  # answers between two marks of progress
 
 
 def grade(
-    traces: Sequence[Trace], problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, grader: Grader
+    traces: Sequence[Trace],
+    problems: Sequence[Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    grader: Grader,
+    thinking: Thinking,
 ) -> list[Graded]:
-    """Grade each trace against its problem's answer; the text is decoded for the grader's eyes only."""
+    """Grade the answer part of each trace against its problem's answer; what never stops to think has no answer."""
     by_id = {problem.id: problem for problem in problems}
-    texts = tokenizer.batch_decode([list(t.generated_ids) for t in traces], skip_special_tokens=False)
-    golds = [by_id[t.problem_id].answer for t in traces]
-    stop = [s for s in (tokenizer.eos_token, tokenizer.pad_token) if s]
-    pairs = [(gold, _without(text, stop)) for gold, text in zip(golds, texts, strict=True)]
+    parts = [thinking.part(tokenizer, t.prompt_ids, t.generated_ids) for t in traces]
+    pairs = [(by_id[t.problem_id].answer, part.answer or "") for t, part in zip(traces, parts, strict=True)]
     grades: list[Grade] = []
     with Progress("grade", len(pairs)) as progress:
         for first in range(0, len(pairs), _CHUNK):
             grades += grader.grade(pairs[first : first + _CHUNK])
             progress.step(len(grades) - first)
-    return [Graded(t, g.answer, g.verdict, by_id[t.problem_id].level) for t, g in zip(traces, grades, strict=True)]
-
-
-def _without(text: str, stop: Sequence[str]) -> str:
-    for token in stop:
-        text = text.removesuffix(token)
-    return text
+    return [
+        Graded(t, grade.answer, grade.verdict, by_id[t.problem_id].level, part.tokens, part.answer is not None)
+        for t, grade, part in zip(traces, grades, parts, strict=True)
+    ]

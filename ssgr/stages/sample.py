@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pyarrow as pa
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Problem, Trace
-from ssgr.sampler import Decoding, Request, Sampler
+from ssgr.sampler import Checkpoint, Decoding, Request, Sampler
 from ssgr.stages.progress import Progress
 from ssgr.tables import read_traces, write_traces
 
@@ -26,7 +26,7 @@ TRACES, SECONDS = "traces.parquet", "seconds.json"
 
 
 def sample(
-    load: Callable[[], PreTrainedModel],
+    checkpoint: Checkpoint,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Callable[[str], tuple[int, ...]],
     problems: Sequence[Problem],
@@ -61,16 +61,14 @@ def sample(
     ]
     missing = [r for r in requests if (r.problem_id, r.attempt) not in have]
     if missing:
-        model = load() if sampler.wants_model else None
         start, tokens, before = time.perf_counter(), 0, seconds(work)
         with Progress(what, len(requests), len(requests) - len(missing)) as progress:
-            for batch in sampler.sample(model, tokenizer, missing, decoding):
+            for batch in sampler.sample(checkpoint, tokenizer, missing, decoding):
                 write_traces(parts / f"{uuid.uuid4().hex}.parquet", batch)
                 _write_beside(work / SECONDS, json.dumps(before + time.perf_counter() - start))
                 have |= {(t.problem_id, t.attempt): t for t in batch}
                 tokens += sum(len(t.generated_ids) for t in batch)
                 progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-        del model
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
     traces = [have[r.problem_id, r.attempt] for r in requests]
