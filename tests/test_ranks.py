@@ -140,11 +140,11 @@ def test_infinite_weights_are_told_as_by_one_process(tokenizer: PreTrainedTokeni
     assert said[0] == said[1]
 
 
-def started(job: str, work: Path, *arguments: object) -> None:
+def started(job: str, work: Path, *arguments: object, before: str = "") -> None:
     """Run a job of two ranks in a group of processes of its own, the first of which is killed meanwhile."""
     work.mkdir(exist_ok=True)
     code = (
-        "from pathlib import Path, PosixPath; from ssgr.stages import ranks; from tests import rank_jobs; "
+        f"{before}from pathlib import Path, PosixPath; from ssgr.stages import ranks; from tests import rank_jobs; "
         f"ranks.run(2, {work!r}, 'cpu', rank_jobs.{job}, {', '.join(map(repr, arguments))})"
     )
     done = subprocess.run(
@@ -153,9 +153,11 @@ def started(job: str, work: Path, *arguments: object) -> None:
     assert done.returncode == -signal.SIGKILL, done.stderr
 
 
-def test_ranks_end_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("behind", [False, True], ids=["in front", "behind, as a shell's & starts it"])
+def test_ranks_end_with_their_parent(behind: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSGR_TEST", mark := str(tmp_path))
-    started("orphaned", tmp_path / "work", tmp_path / "work")
+    deaf = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " if behind else ""
+    started("orphaned", tmp_path / "work", tmp_path / "work", before=deaf)
     all_end(mark, "multiprocessing.spawn")
     assert not (tmp_path / "work" / "survived").exists() and (tmp_path / "work" / "rank_1").exists()
 
