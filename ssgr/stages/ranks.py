@@ -119,9 +119,8 @@ def _begin(
     rank: int, count: int, parent: int, meeting: Path, device: str, threads: int, failures: Any,
     job: Callable[..., None], args: Any,
 ) -> None:  # fmt: skip
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # what the death of the parent sends; shells' `&` ignores it
+    # What the death of the parent sends; whatever a shell starts with & ignores it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getppid() != parent:  # it was killed before its death would be a signal to this process
         return
     torch.set_num_threads(threads)
