@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ssgr.model.attention import _attend, attend_causally
+from ssgr.model import attention
 from ssgr.products import bfloat16_products, finite
 from ssgr.stages.collect import Sums
 
@@ -43,13 +43,17 @@ def test_sums_of_bfloat16_batches_keep_the_stated_bound(weighted: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 6, 2, 300, 16), (1, 4, 4, 128, 32), (3, 2, 1, 2, 8), (1, 3, 3, 129, 64)])
 @pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_is_that_of_torch(shape: tuple[int, ...], scaling: float | None) -> None:
+def test_attention_is_that_of_torch(
+    shape: tuple[int, ...], scaling: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
+    monkeypatch.setattr(attention, "sdpa_attention_forward", None)  # blocks alone
     rows, heads, groups, tokens, size = shape
     query = torch.randn(rows, heads, tokens, size).bfloat16() * 2
     key, value = (torch.randn(rows, groups, tokens, size).bfloat16() for _ in range(2))
     module = SimpleNamespace(is_causal=True, num_key_value_groups=heads // groups)
-    got, nothing = _attend(module, query, key, value, None, scaling)  # type: ignore[arg-type]
+    with torch.no_grad():
+        got, nothing = attention._attend(module, query, key, value, None, scaling)  # type: ignore[arg-type]
     many = [one.double().repeat_interleave(heads // groups, 1) for one in (key, value)]
     how = {"is_causal": True, "scale": scaling}
     want = scaled_dot_product_attention(query.double(), *many, **how).transpose(1, 2)
@@ -69,7 +73,7 @@ def test_a_model_attends_so_in_bfloat16_and_as_before_otherwise() -> None:
     ids_NT = torch.randint(0, 64, (3, 200))
     with torch.no_grad():
         want = model(ids_NT).logits
-        attend_causally(model)
+        attention.attend_causally(model)
         assert torch.equal(model(ids_NT).logits, want), "float32 goes to torch's kernel"
         padded_NT = torch.ones_like(ids_NT).tril(150)
         assert model(ids_NT, attention_mask=padded_NT).logits.isfinite().all()

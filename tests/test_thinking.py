@@ -157,7 +157,7 @@ def test_prompts_open_the_thinking_as_the_template_says() -> None:
     )
     tokenizer = byte_tokenizer("<think>", "</think>", template=template)
     thinks, straight = (
-        replace(TINY, chat=chat).prompt_ids(tokenizer, "Q") for chat in ({}, {"enable_thinking": False})
+        replace(TINY, chat=chat).prompt_ids(tokenizer, "Q") for chat in ({"tools": []}, {"enable_thinking": False})
     )
     assert tokenizer.decode(thinks).endswith("<|assistant|>")
     assert tokenizer.decode(straight).endswith("</think>\n\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -193,7 +194,7 @@ class Model:
         turns.append({"role": "user", "content": question})
         try:
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **self.chat)
-            given = _gives_the_turn(tokenizer, self.system, tuple(sorted(self.chat.items())))
+            given = _gives_the_turn(tokenizer, self.system, json.dumps(dict(self.chat), default=str))
         except TemplateError as error:
             raise ValueError(
                 f"model={self.name}: its chat template refuses model.system={self.system!r} model.chat={dict(self.chat)} "
@@ -214,11 +215,11 @@ class Model:
 
 
 @lru_cache(8)
-def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat: tuple[tuple[str, Any], ...]) -> bool:
+def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat: str) -> bool:
     """Whether a prompt ends where the answer begins: its template adds a generation prompt, or needs none (Mistral's)."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "Question."})
-    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **dict(chat))
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(chat))
     prompt, without = (str(render(turns, add_generation_prompt=on)) for on in (True, False))
     if prompt != without:
         return True

@@ -37,12 +37,12 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; what is not plainly causal, or not in bfloat16, goes to torch's kernel."""
+    """Scaled dot-product attention; what is not plainly causal, not in bfloat16, or wants gradients goes to torch's."""
     rows, heads, tokens, size = query.shape
     causal = kwargs.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     plain = attention_mask is None and causal and kwargs.get("position_bias") is None and key.shape[2] == tokens > 1
-    if not plain or query.dtype != torch.bfloat16 or query.requires_grad:
+    if not plain or query.dtype != torch.bfloat16 or torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     groups = key.shape[1]
     query_NKGTD = query.view(rows, groups, heads // groups, tokens, size)

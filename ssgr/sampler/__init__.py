@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -71,10 +71,7 @@ class Checkpoint(Protocol):
 class Sampler(Protocol):
     """An engine that answers prompts; it yields traces batch by batch, so that a killed run loses one batch."""
 
-    @property
-    def runs_model(self) -> bool:
-        """Whether the engine runs the checkpoint it is given (else its traces are of whatever it was pointed at)."""
-        ...
+    runs_model: ClassVar[bool]  # the checkpoint it is given; else its traces are of whatever it was pointed at
 
     def sample(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -16,16 +17,12 @@ from ssgr.sampler.attention import grouped_attention
 class HfSampler:
     """The transformers engine; `batch_size` rows are decoded together."""
 
+    runs_model: ClassVar[bool] = True
     batch_size: int = field(metadata={"key": False})
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"sampler.batch_size={self.batch_size}: at least one row is decoded at a time")
-
-    @property
-    def runs_model(self) -> bool:
-        """True: this engine runs the model."""
-        return True
 
     def sample(
         self,

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,13 +21,9 @@ _NEEDED = ("problem_id", "attempt", "generated_ids", "finish")
 class ReplaySampler:
     """Traces from a Parquet or JSONL file with problem_id, attempt, generated_ids, finish and, if known, prompt_ids."""
 
+    runs_model: ClassVar[bool] = False
     path: str
     on_policy: bool = False
-
-    @property
-    def runs_model(self) -> bool:
-        """False: the model is not run."""
-        return False
 
     def key_content(self) -> object:
         """Saved traces are keyed by what they hold."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 from transformers import PreTrainedTokenizerBase
@@ -37,6 +37,7 @@ class ServerSampler:
         ValueError: a number is too small.
     """
 
+    runs_model: ClassVar[bool] = False
     url: str = field(metadata={"key": False})
     served: str | None = None
     allow_retokenise: bool = False
@@ -51,11 +52,6 @@ class ServerSampler:
                 raise ValueError(f"sampler.engine.{name}={getattr(self, name)}: give {least} or more")
         if not self.timeout > 0:
             raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0")
-
-    @property
-    def runs_model(self) -> bool:
-        """False: the server runs it."""
-        return False
 
     def sample(
         self,

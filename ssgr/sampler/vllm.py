@@ -6,12 +6,14 @@ import importlib.util
 import multiprocessing
 import os
 import queue
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ssgr.records import Trace
@@ -33,6 +35,7 @@ class VllmSampler:
         ValueError: a number is too small.
     """
 
+    runs_model: ClassVar[bool] = True
     tensor_parallel: int = field(default=1, metadata={"key": False})
     data_parallel: int = field(default=1, metadata={"key": False})
     batch_size: int = field(default=256, metadata={"key": False})
@@ -47,11 +50,6 @@ class VllmSampler:
             raise ValueError(
                 f"sampler.engine.memory_share={self.memory_share}: give a share of the GPU above 0, at most 1"
             )
-
-    @property
-    def runs_model(self) -> bool:
-        """True: vLLM runs the checkpoint that it is given."""
-        return True
 
     def sample(
         self,
@@ -144,14 +142,13 @@ class _Replicas:
         for shard in shards:
             self.asked.put(shard)
         count = min(engine.data_parallel, len(shards))
-        for _ in range(count):
+        devices = [_devices(i, engine.tensor_parallel) if count > 1 else None for i in range(count)]
+        self.processes = [
+            context.Process(target=_replica, args=(settings, own, self.asked, self.said)) for own in devices
+        ]
+        for process in self.processes:
             self.asked.put(None)
-        self.processes = []
-        for number in range(count):
-            devices = _devices(number, engine.tensor_parallel) if count > 1 else None
-            run = (settings, devices, self.asked, self.said)
-            self.processes.append(context.Process(target=_replica, args=run, name=f"vllm-{number}"))
-            self.processes[-1].start()
+            process.start()
 
     def answers(self) -> Iterator[list[_Answer]]:
         """Answers as they come.
@@ -165,8 +162,9 @@ class _Replicas:
             try:
                 said = self.said.get(timeout=1.0)
             except queue.Empty:
-                codes = [p.exitcode for p in self.processes if p.exitcode]
-                failed = f"a process of it ended with code {codes[0]}" if codes else ""
+                codes = [process.exitcode for process in self.processes]
+                if any(codes) or None not in codes:
+                    failed = f"its processes ended with codes {codes}"
                 continue
             if isinstance(said, str):
                 failed = said
@@ -203,8 +201,6 @@ class _Replicas:
 def _devices(number: int, each: int) -> str:
     """The GPUs of replica `number`, of those that this process may see."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    import torch
-
     names = seen.split(",") if seen else [str(i) for i in range(torch.cuda.device_count())]
     own = names[number * each : (number + 1) * each]
     if len(own) < each:
@@ -216,6 +212,7 @@ def _devices(number: int, each: int) -> str:
 
 def _replica(settings: dict[str, Any], devices: str | None, asked: Any, said: Any) -> None:
     """Run one replica in this process: take shards while there is room, and say what is finished."""
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is there for it
@@ -249,3 +246,11 @@ def _replica(settings: dict[str, Any], devices: str | None, asked: Any, said: An
         said.close()
         said.join_thread()
         raise SystemExit(1) from error
+
+
+def _end_with_the_parent() -> None:
+    """End this process, and free its devices, when the run that started it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
