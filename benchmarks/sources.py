@@ -81,7 +81,7 @@ def traces(model: Model, tokenizer: PreTrainedTokenizerBase, asked: Documents, t
     with tqdm(total=tokens, unit=" tokens", desc="own traces") as bar:
         for batch in HfSampler(32).sample(model, tokenizer, requests, Decoding(1, 0.6, 0.95, 384, seed)):
             for trace in batch:
-                made.append([*trace.prompt_ids, *trace.response_ids])
+                made.append([*trace.prompt_ids, *trace.generated_ids])
                 bar.update(len(made[-1]))
             if bar.n >= tokens:
                 return made

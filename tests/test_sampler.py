@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -228,3 +229,49 @@ def test_a_line_of_traces_may_hold_any_sign(tmp_path: Path, tokenizer: PreTraine
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n\n", encoding="utf-8")
     ((trace,),) = ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], GREEDY)
     assert trace.generated_ids == (5,)
+
+
+def recipe(file: Path, traces: list[Trace], tokenizer: Any, kind: str) -> str:
+    """The traces as the RAC recipe of `kind` writes them: in order, without the ids of problems."""
+    rows: list[dict[str, Any]] = []
+    for t in traces:
+        if kind == "sglang":
+            ids = [*t.prompt_ids, *t.generated_ids]
+            counts = {"num_prompt_tokens": len(t.prompt_ids), "num_decode_tokens": len(t.generated_ids)}
+            rows.append({"input_ids": ids, **counts, "text": tokenizer.decode(ids)})
+        else:
+            text = tokenizer.decode([i for i in t.generated_ids if i != tokenizer.eos_token_id])  # R1's tags stay
+            counts = {"prompt_tokens": len(t.prompt_ids), "completion_tokens": len(t.generated_ids)}
+            rows.append({"prompt": tokenizer.decode(list(t.prompt_ids)), "completion": text, **counts, "model": "tiny"})
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return str(file)
+
+
+@pytest.mark.parametrize("kind", ["sglang", "deepspeed"])
+def test_replay_reads_the_traces_of_the_rac_recipes(
+    kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    problems = ArithmeticProblems([1, 2, 3], calibration=6, test=1, seed=0).read("calibration")
+    asked = [Request(p.id, a, TINY.prompt_ids(tokenizer, p.question)) for p in problems for a in range(2)]
+    drawn = [t for some in HfSampler(8).sample(TINY, tokenizer, asked, SAMPLING) for t in some]
+    by_name = {(t.problem_id, t.attempt): t for t in drawn}
+    want = [by_name[r.problem_id, r.attempt] for r in asked]
+    assert {t.finish for t in want} >= {"stop"} and len({t.prompt_ids for t in want}) == len(problems)
+    file = recipe(tmp_path / "traces.jsonl", want, tokenizer, kind)
+    if kind == "deepspeed":
+        with pytest.raises(ValueError, match=r"holds text and no token ids: type sampler.engine.allow_retokenise=true"):
+            next(ReplaySampler(file).sample(TINY, tokenizer, asked, SAMPLING))
+    own = ReplaySampler(file, True, allow_retokenise=True)
+    (got,) = own.sample(TINY, tokenizer, asked, SAMPLING)
+    same = [(t.generated_ids, t.finish) == (w.generated_ids, w.finish) for t, w in zip(got, want, strict=True)]
+    assert [t.prompt_ids for t in got] == [t.prompt_ids for t in want]
+    if kind == "sglang":
+        assert all(same)
+    else:  # text: the model may have drawn other ids of the same text, and each of another number is counted
+        assert [tokenizer.decode(t.generated_ids) for t in got] == [tokenizer.decode(t.generated_ids) for t in want]
+        assert sum(same) >= len(same) // 2
+        odd = [len(t.generated_ids) != len(w.generated_ids) for t, w in zip(got, want, strict=True)]
+        assert ("other numbers of tokens" in caplog.text) == any(odd)
+    more = [*asked, Request(problems[0].id, 2, asked[0].prompt_ids), Request("other", 0, (5, 6))]
+    with pytest.raises(ValueError, match=r"lacks 2 of 14 traces, the first is attempt 2 of .*set model.system"):
+        next(own.sample(TINY, tokenizer, more, SAMPLING))

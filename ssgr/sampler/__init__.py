@@ -56,7 +56,7 @@ class Request:
         return int.from_bytes(digest[:8]) >> 1
 
 
-class Checkpoint(Protocol):
+class Loadable(Protocol):
     """A model that is not loaded yet: an engine loads it, or reads its files."""
 
     def load(self) -> PreTrainedModel:
@@ -75,7 +75,7 @@ class Sampler(Protocol):
 
     def sample(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Loadable,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,

@@ -9,7 +9,7 @@ from typing import ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Trace
-from ssgr.sampler import Checkpoint, Decoding, Request, batch, check_room, slots, stop_ids
+from ssgr.sampler import Decoding, Loadable, Request, batch, check_room, slots, stop_ids
 from ssgr.sampler.attention import grouped_attention
 
 
@@ -26,7 +26,7 @@ class HfSampler:
 
     def sample(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Loadable,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,

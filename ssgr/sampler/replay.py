@@ -1,10 +1,17 @@
-"""Replay of saved traces: nothing is generated, nothing is re-tokenised."""
+"""Replay of saved traces: nothing is generated.
+
+Three kinds of files are read: our own (by problem and attempt), and those of the RAC recipes of SGLang and of
+DeepSpeedExamples, which know no problems: there a trace belongs to the problem whose prompt has the same token ids, and
+attempts are counted in the order of the file.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,18 +19,27 @@ from typing import Any, ClassVar
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Trace
-from ssgr.sampler import Checkpoint, Decoding, Request
+from ssgr.sampler import Decoding, Loadable, Request, stop_ids
 
-_NEEDED = ("problem_id", "attempt", "generated_ids", "finish")
+_log = logging.getLogger("ssgr")
+_OWN = ("problem_id", "attempt", "generated_ids", "finish")
+_SGLANG = ("input_ids", "num_prompt_tokens")  # its rac_collect_traces.py
+_DEEPSPEED = ("prompt", "completion", "completion_tokens")  # its collect_traces.py: text, without the stop token
+_Saved = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class ReplaySampler:
-    """Traces from a Parquet or JSONL file with problem_id, attempt, generated_ids, finish and, if known, prompt_ids."""
+    """Traces from a Parquet or JSONL file: ours, or those of the RAC recipes of SGLang and DeepSpeedExamples.
+
+    The latter's are text: they are refused unless `allow_retokenise`, since the ids of a text may differ from those that
+    the model drew.
+    """
 
     runs_model: ClassVar[bool] = False
     path: str
     on_policy: bool = False
+    allow_retokenise: bool = False
 
     def key_content(self) -> object:
         """Saved traces are keyed by what they hold."""
@@ -32,7 +48,7 @@ class ReplaySampler:
 
     def sample(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Loadable,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,
@@ -40,17 +56,25 @@ class ReplaySampler:
         """Yield the saved trace of each request.
 
         Raises:
-            ValueError: the file is missing or is not of the form, or lacks an attempt; the first is named.
+            ValueError: the file is missing or is not of a form, or lacks an attempt; the first is named.
         """
-        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in _rows(_file(self.path))}
-        missing = [r for r in requests if (r.problem_id, r.attempt) not in saved]
-        if missing:
-            first = missing[0]
-            raise ValueError(
-                f"sampler.engine.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
-                f"{first.attempt} of {first.problem_id}; lower sampler.decoding.attempts or give the file of these problems"
-            )
-        traces = [self._trace(r, saved[r.problem_id, r.attempt]) for r in requests]
+        rows = list(_rows(_file(self.path)))
+        kind = next((kind for kind in (_SGLANG, _DEEPSPEED) if rows and set(kind) <= rows[0].keys()), _OWN)
+        for number, row in enumerate(rows, 1):
+            if lacking := [name for name in kind if row.get(name) is None]:
+                raise ValueError(
+                    f"{Path(self.path).name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(kind)}"
+                )
+        if kind is _OWN:
+            find = self._by_name(rows, requests)
+        else:
+            if kind is _DEEPSPEED and not self.allow_retokenise:
+                raise ValueError(
+                    f"sampler.engine.path={self.path} holds text and no token ids: type sampler.engine.allow_retokenise=true "
+                    "to tokenise it, whose ids may not be those the model drew"
+                )
+            find = self._by_prompt(rows, kind, tokenizer, requests, decoding)
+        traces = [find(r) for r in requests]
         for trace in traces:
             if not all(0 <= i < len(tokenizer) for i in (*trace.prompt_ids, *trace.generated_ids)):
                 raise ValueError(
@@ -59,20 +83,73 @@ class ReplaySampler:
                 )
         yield traces
 
-    def _trace(self, request: Request, row: Mapping[str, Any]) -> Trace:
-        prompt = tuple(row.get("prompt_ids") or request.prompt_ids)
-        finish = row["finish"]
-        if finish not in ("stop", "length"):
-            raise ValueError(f"{self.path}: finish is {finish!r} in {request.problem_id}; valid are stop, length")
-        return Trace(
-            request.problem_id,
-            request.attempt,
-            prompt,
-            tuple(row["generated_ids"]),
-            finish,
-            int(row.get("seed") or 0),
-            self.on_policy,
+    def _lacks(self, missing: Sequence[Request], requests: Sequence[Request], hint: str) -> ValueError:
+        return ValueError(
+            f"sampler.engine.path={self.path} lacks {len(missing)} of {len(requests)} traces, the first is attempt "
+            f"{missing[0].attempt} of {missing[0].problem_id}; {hint}"
         )
+
+    def _by_name(self, rows: Sequence[_Saved], requests: Sequence[Request]) -> Callable[[Request], Trace]:
+        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in rows}
+        if missing := [r for r in requests if (r.problem_id, r.attempt) not in saved]:
+            raise self._lacks(missing, requests, "lower sampler.decoding.attempts or give the file of these problems")
+
+        def find(r: Request) -> Trace:
+            row = saved[r.problem_id, r.attempt]
+            if row["finish"] not in ("stop", "length"):
+                raise ValueError(f"{self.path}: finish is {row['finish']!r} in {r.problem_id}; valid are stop, length")
+            ids = tuple(row.get("prompt_ids") or r.prompt_ids), tuple(row["generated_ids"])
+            return Trace(r.problem_id, r.attempt, *ids, row["finish"], int(row.get("seed") or 0), self.on_policy)
+
+        return find
+
+    def _by_prompt(
+        self,
+        rows: Sequence[_Saved],
+        kind: Sequence[str],
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[Request],
+        decoding: Decoding,
+    ) -> Callable[[Request], Trace]:
+        """Traces of a recipe; one that is shorter than the cap it was sampled with has stopped."""
+        stop = stop_ids(None, tokenizer)
+        tokenize: Callable[[str], tuple[int, ...]] = lambda text: tuple(
+            tokenizer.encode(text, add_special_tokens=False)
+        )
+        saved: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+        odd = 0
+        for row in rows:
+            if kind is _SGLANG:
+                prompt, ids = (tuple(row["input_ids"][part]) for part in _parts(row["num_prompt_tokens"]))
+            else:
+                prompt, ids = tokenize(row["prompt"]), tokenize(row["completion"])
+                odd += len(ids) not in (row["completion_tokens"], row["completion_tokens"] - 1)
+            saved[prompt].append(ids)
+        if odd:
+            _log.warning(
+                "%s: %d of %d texts have other numbers of tokens than the model drew", self.path, odd, len(rows)
+            )
+        if missing := [r for r in requests if len(saved.get(r.prompt_ids, ())) <= r.attempt]:
+            first = tokenizer.decode(list(next(iter(saved))))
+            raise self._lacks(
+                missing,
+                requests,
+                "traces are found by their prompts' token ids: set model.system and problems.columns.prompt as the recipe did, "
+                f"whose first prompt is {first[:200]!r}, or lower sampler.decoding.attempts and problems.limit",
+            )
+
+        def find(r: Request) -> Trace:
+            ids = saved[r.prompt_ids][r.attempt][: decoding.max_new_tokens]
+            stopped = bool(ids) and ids[-1] in stop
+            if not stopped and len(ids) < decoding.max_new_tokens and tokenizer.eos_token_id is not None:
+                ids, stopped = (*ids, int(tokenizer.eos_token_id)), True
+            return Trace(r.problem_id, r.attempt, r.prompt_ids, ids, "stop" if stopped else "length", 0, self.on_policy)
+
+        return find
+
+
+def _parts(prompt_tokens: int) -> tuple[slice, slice]:
+    return slice(prompt_tokens), slice(prompt_tokens, None)
 
 
 def _file(name: str) -> Path:
@@ -82,26 +159,20 @@ def _file(name: str) -> Path:
     return path
 
 
-def _rows(path: Path) -> Iterator[Mapping[str, Any]]:
+def _rows(path: Path) -> Iterator[_Saved]:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        rows = pq.read_table(path).to_pylist()
-    else:
-        lines = enumerate(path.read_text(encoding="utf-8").split("\n"), 1)  # U+2028 ends no line of JSON
-        rows = [_row(line, f"{path.name}, row {number}") for number, line in lines if line.strip()]
-    for number, row in enumerate(rows, 1):
-        lacking = [name for name in _NEEDED if row.get(name) is None]
-        if lacking:
-            raise ValueError(f"{path.name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(_NEEDED)}")
+        yield from pq.read_table(path).to_pylist()
+        return
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 ends no line of JSON
+        if not line.strip():
+            continue
+        where = f"{path.name}, row {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: a trace must be a JSON object with {', '.join(_OWN)}")
         yield row
-
-
-def _row(line: str, where: str) -> Mapping[str, Any]:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a trace must be a JSON object with {', '.join(_NEEDED)}")
-    return row

@@ -18,7 +18,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Checkpoint, Decoding, Request
+from ssgr.sampler import Decoding, Loadable, Request
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
@@ -55,7 +55,7 @@ class ServerSampler:
 
     def sample(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Loadable,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,

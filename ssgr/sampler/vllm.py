@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from ssgr.records import Trace
-from ssgr.sampler import Checkpoint, Decoding, Request, check_room, stop_ids
+from ssgr.sampler import Decoding, Loadable, Request, check_room, stop_ids
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _END_SECONDS = 60.0  # that a replica may take to end
@@ -53,7 +53,7 @@ class VllmSampler:
 
     def sample(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Loadable,
         tokenizer: PreTrainedTokenizerBase,
         requests: Sequence[Request],
         decoding: Decoding,

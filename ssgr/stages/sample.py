@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.records import Problem, Trace
-from ssgr.sampler import Checkpoint, Decoding, Request, Sampler
+from ssgr.sampler import Decoding, Loadable, Request, Sampler
 from ssgr.stages.progress import Progress
 from ssgr.tables import read_traces, write_traces
 
@@ -26,7 +26,7 @@ TRACES, SECONDS = "traces.parquet", "seconds.json"
 
 
 def sample(
-    checkpoint: Checkpoint,
+    checkpoint: Loadable,
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: Callable[[str], tuple[int, ...]],
     problems: Sequence[Problem],
