@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ssgr.grader import Grade
 from ssgr.grader.exact import Exact, number
-from ssgr.grader.math import MathVerify
+from ssgr.grader.math import MathVerify, two_stages
 from ssgr.records import Verdict
 
 RIGHT, WRONG, NO_ANSWER, FAILED = Verdict.RIGHT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.GRADER_FAILED
@@ -225,3 +225,36 @@ def test_math_small_and_scientific_numbers_and_cut_texts(gold: str, answer: str,
     """Math-Verify alone reads 1e-5 as 1 e - 5, takes all numbers below its six decimals for equal, and may cut a text."""
     (grade,) = MathVerify(workers=1).grade([(gold, answer)])
     assert grade.verdict is verdict if verdict else grade.verdict is not RIGHT
+
+
+LATEX = [
+    "x^3+3x-6", "x^8 + x^7 + 1", "\\frac{v_{0}}{r_{0} (1 + \\frac{r}{r_{0}})^{3/2}}", "(-\\infty, 3] \\cup (5, 7)",
+    "\\{1, 2, 3\\}",
+    "\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "x = \\frac{-b \\pm \\sqrt{b^2 - 4ac}}{2a}", "3 < x \\le 7", "10^{-9}",
+    "\\sum_{k=1}^{n} k^2", "\\int_0^1 x\\,dx", "\\log_2 8", "f(x) = e^{2it}", "\\frac{d}{dx} x^2", "{", "\\text{east}", "1,000",
+]  # fmt: skip
+
+
+def test_two_stages_of_parsing_read_what_one_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
+    from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy as Reader  # type: ignore[import-untyped]
+
+    def read(text: str) -> str:
+        try:
+            return repr(Reader().parse(text))
+        except Exception as error:
+            return type(error).__name__
+
+    cases = (
+        [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").split("\n") if line] if PAIRS.exists() else []
+    )
+    texts = LATEX + [case[field].strip("$") for case in cases for field in ("gold", "pred")]
+    want = [read(text) for text in texts]
+    for name in ("create_parser", "parse"):
+        monkeypatch.setattr(Reader, name, getattr(Reader, name))  # so that it is as before when this test ends
+    two_stages()
+    used: list[object] = []
+    within = Reader.parse
+    monkeypatch.setattr(Reader, "parse", lambda self, text: (within(self, text), used.append(self.prediction))[0])
+    assert [read(text) for text in texts] == want
+    assert {PredictionMode.SLL, PredictionMode.LL} <= set(used), "both stages were needed"

@@ -11,19 +11,18 @@ import json
 import math
 import os
 import re
+import select
 import subprocess
 import sys
-import threading
+import time
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from queue import SimpleQueue
-from typing import IO, Any
+from typing import Any
 
 from ssgr.grader import Grade
 from ssgr.records import Verdict
@@ -62,25 +61,23 @@ class MathVerify:
             ValueError: the child processes do not start, for example since Math-Verify is not installed.
         """
         grades = [Grade(Verdict.NO_ANSWER)] * len(pairs)
-        todo = [(i, gold, part) for i, (gold, part) in enumerate(pairs) if part and not part.isspace()]
-        size = min(self.workers or _cores(), len(todo))
-        if not todo:
-            return grades
-        with ExitStack() as stack:
-            idle: SimpleQueue[_Child] = SimpleQueue()
-            for _ in range(size):
-                idle.put(stack.enter_context(closing(_Child(self.seconds, self.memory_gib))))
-
-            def one(task: tuple[int, str, str]) -> Grade:
-                child = idle.get()
-                try:
-                    return child.grade(*task[1:])
-                finally:
-                    idle.put(child)
-
-            with ThreadPoolExecutor(size) as threads:
-                for (i, _, _), grade in zip(todo, threads.map(one, todo), strict=True):
-                    grades[i] = grade
+        todo = iter([(i, pair) for i, pair in enumerate(pairs) if pair[1] and not pair[1].isspace()])
+        children = [_Child(self.seconds, self.memory_gib) for _ in range(min(self.workers or _cores(), len(pairs)))]
+        try:
+            busy = {child: one for child, one in zip(children, todo, strict=False)}
+            for child, (_, pair) in busy.items():
+                child.ask(pair)
+            while busy:
+                for child in _answering(list(busy)):
+                    if (grade := child.answer()) is None:  # not there yet, or the process began anew
+                        continue
+                    grades[busy.pop(child)[0]] = grade
+                    if (following := next(todo, None)) is not None:
+                        busy[child] = following
+                        child.ask(following[1])
+        finally:
+            for child in children:
+                child.close()
         return grades
 
 
@@ -89,19 +86,46 @@ def _cores() -> int:
 
 
 class _Child:
-    """One grading process, which is started when it is needed and again after each kill."""
+    """One grading process, which is started when it is needed and again after each kill; the parent never waits for it."""
 
     def __init__(self, seconds: float, memory_gib: float) -> None:
         self.seconds, self.memory_gib = seconds, memory_gib
         self.process: subprocess.Popen[bytes] | None = None
+        self.deadline = 0.0
+        self._asked, self._to_write, self._read = b"", memoryview(b""), bytearray()
+        self._greeted = False
 
-    def grade(self, gold: str, answer: str) -> Grade:
-        """Grade one answer; when this returns, the limits hold for the next one as for the first."""
-        process = self.process or self._start()
-        reply = self._say(process, [gold, answer], self.seconds)
-        if reply is None:
+    def ask(self, pair: tuple[str, str]) -> None:
+        """Begin with one (gold, answer) pair; the limits hold for it as for the first."""
+        self._asked = json.dumps(pair).encode() + b"\n"
+        if self.process is None:
+            self._start()
+        else:
+            self._send()
+
+    def answer(self) -> Grade | None:
+        """The grade of what was asked, or None if it is not there yet.
+
+        Raises:
+            ValueError: the process does not start.
+        """
+        alive = self._move()
+        if alive and time.monotonic() < self.deadline and not self._read.endswith(b"\n"):
+            return None
+        line = bytes(self._read) if self._read.endswith(b"\n") else b""
+        if not self._greeted:
+            self._greet(line)
+            return None
+        if not line:
+            self.close()
             return Grade(Verdict.GRADER_FAILED, why=f"over {self.seconds:g} s or {self.memory_gib:g} GiB")
+        reply = json.loads(line)
         return Grade(Verdict(reply[0]), *reply[1:])
+
+    def files(self) -> tuple[list[int], list[int]]:
+        """What to wait for: files to read, and to write."""
+        process = self._running()
+        return [process.stdout.fileno()], [process.stdin.fileno()] if self._to_write else []  # type: ignore[union-attr]
 
     def close(self) -> None:
         """Kill the process and wait until it is gone."""
@@ -110,11 +134,15 @@ class _Child:
         self.process.kill()
         for stream in (self.process.stdin, self.process.stdout):
             with suppress(OSError):  # what could not be written to a dead child
-                _pipe(stream).close()
+                stream.close()  # type: ignore[union-attr]
         self.process.wait()
         self.process = None
 
-    def _start(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[bytes]:
+        assert self.process is not None, "asked"
+        return self.process
+
+    def _start(self) -> None:
         command = [sys.executable, "-P", "-W", "ignore", "-m", "ssgr.grader.math"]
         paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
         self.process = subprocess.Popen(
@@ -122,49 +150,62 @@ class _Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
+            bufsize=0,
             env={**os.environ, "PYTHONPATH": paths, "PYTHONHASHSEED": "0"},  # sympy orders some terms by their hash
         )
-        process = self.process
-        hello = self._say(process, None, _START_SECONDS)
-        if hello is None or "error" in hello:
-            said = hello["error"] if hello else f"the process died, or said nothing for {_START_SECONDS:.0f} s"
+        os.set_blocking(self.process.stdin.fileno(), False)  # type: ignore[union-attr]
+        os.set_blocking(self.process.stdout.fileno(), False)  # type: ignore[union-attr]
+        self._greeted, self._to_write = False, memoryview(b"")
+        self._read.clear()
+        self.deadline = time.monotonic() + _START_SECONDS
+
+    def _greet(self, line: bytes) -> None:
+        hello = json.loads(line) if line else {"error": f"the process died, or said nothing for {_START_SECONDS:.0f} s"}
+        if "error" in hello:
             raise ValueError(
-                f"grader=math does not start: {said}; see what `{sys.executable} -c 'import math_verify'` says, "
+                f"grader=math does not start: {hello['error']}; see what `{sys.executable} -c 'import math_verify'` says, "
                 "or type grader=exact"
             )
         if not hello["bounded"]:
             warnings.warn(f"grader.memory_gib={self.memory_gib}: no such limit on {sys.platform}", stacklevel=2)
-        return process
+        self._greeted = True
+        self._send()
 
-    def _say(self, process: subprocess.Popen[bytes], request: object, seconds: float) -> Any:
-        """The child's reply, or None if it is not there in `seconds` or never will be; the child is then closed."""
-        late = threading.Event()
+    def _send(self) -> None:
+        self._read.clear()
+        self._to_write = memoryview(self._asked)
+        self.deadline = time.monotonic() + self.seconds
+        self._write()
 
-        def kill() -> None:
-            late.set()
-            process.kill()
+    def _write(self) -> None:
+        """Write what can be at once."""
+        with suppress(BlockingIOError, BrokenPipeError):  # of a process that is gone, reading tells
+            while self._to_write:
+                self._to_write = self._to_write[os.write(self._running().stdin.fileno(), self._to_write) :]  # type: ignore[union-attr]
 
-        line = b""
-        timer = threading.Timer(seconds, kill)
-        timer.start()
-        try:  # a kill ends both the writing and the reading
-            _pipe(process.stdin).write(json.dumps(request).encode() + b"\n")
-            _pipe(process.stdin).flush()
-            line = _pipe(process.stdout).readline()
-        except BrokenPipeError:
-            pass
-        finally:
-            timer.cancel()
-            timer.join()
-        if late.is_set() or not line.endswith(b"\n"):
-            self.close()
-            return None
-        return json.loads(line)
+    def _move(self) -> bool:
+        """Write and read what can be at once; False if the process is gone."""
+        self._write()
+        with suppress(BlockingIOError):
+            while piece := os.read(self._running().stdout.fileno(), 1 << 16):  # type: ignore[union-attr]
+                self._read += piece
+            return False
+        return True
 
 
-def _pipe(stream: IO[bytes] | None) -> IO[bytes]:
-    assert stream is not None, "opened with PIPE"
-    return stream
+def _answering(children: Sequence[_Child]) -> list[_Child]:
+    """Wait until one of `children` has something to say, or is late, and return all of which that is so."""
+    owner: dict[int, _Child] = {}
+    poll = select.poll()
+    for child in children:
+        reads, writes = child.files()
+        for files, event in ((reads, select.POLLIN), (writes, select.POLLOUT)):
+            for file in files:
+                owner[file] = child
+                poll.register(file, event)
+    wait = max(0.0, min(child.deadline for child in children) - time.monotonic())
+    ready = {owner[file] for file, _ in poll.poll(1000 * wait + 1)}
+    return [child for child in children if child in ready or time.monotonic() >= child.deadline]
 
 
 def _serve(seconds: float, memory_gib: float) -> None:
@@ -173,10 +214,10 @@ def _serve(seconds: float, memory_gib: float) -> None:
 
     with os.fdopen(os.dup(1), "w", encoding="ascii") as replies:
         os.dup2(2, 1)  # whatever a library prints must not look like a reply
-        sys.stdin.readline()
         try:
             from sympy.core.cache import clear_cache  # type: ignore[import-untyped]
 
+            two_stages()
             _verdict("1", "$1$")  # compiles the patterns, which is not to be charged to the first answer
         except ImportError as error:
             print(json.dumps({"error": str(error)}), file=replies, flush=True)
@@ -194,6 +235,38 @@ def _serve(seconds: float, memory_gib: float) -> None:
             clear_cache()  # a verdict must not depend on the answers before it
             if hasattr(signal, "setitimer"):
                 signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def two_stages() -> None:
+    """Let ANTLR read LaTeX with its SLL prediction, and with the full one only where that finds a syntax error.
+
+    SLL gives the tree of the full prediction or a syntax error (ANTLR's documentation of PredictionMode), and it is what
+    takes half of the time. Where the names that are changed here are no more, all stays as it was.
+    """
+    from antlr4.atn.PredictionMode import PredictionMode  # type: ignore[import-untyped]
+    from latex2sympy2_extended import latex2sympy2  # type: ignore[import-untyped]
+
+    reader = getattr(latex2sympy2, "_Latex2Sympy", None)
+    create, parse = (getattr(reader, name, None) for name in ("create_parser", "parse"))
+    if reader is None or create is None or parse is None:
+        return
+
+    def create_parser(self: Any, text: str) -> Any:
+        parser = create(self, text)
+        parser._interp.predictionMode = self.prediction
+        return parser
+
+    def parse_twice(self: Any, text: str) -> Any:
+        self.prediction = PredictionMode.SLL
+        try:
+            return parse(self, text)
+        except MemoryError:
+            raise
+        except Exception:
+            self.prediction = PredictionMode.LL
+            return parse(self, text)
+
+    reader.create_parser, reader.parse = create_parser, parse_twice
 
 
 def _bound_memory(gib: float) -> int | None:
