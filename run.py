@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ssgr import pipeline
-from ssgr.records import RunResult
+from ssgr.records import RunResult, Score
 from ssgr.report import table
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
@@ -72,21 +72,26 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         statistic=cfg.collect.statistic,
         export=make("export"),
         decontaminate=make("decontaminate"),
+        shard=cfg.shard,
     )
 
 
-def run_cell(cfg: DictConfig) -> RunResult:
-    """Run one cell and write its result.json into the folder that Hydra made for it."""
+def run_cell(cfg: DictConfig) -> RunResult | None:
+    """Run one cell and write its result.json into the folder that Hydra made for it; a part only samples."""
     folder = Path(HydraConfig.get().runtime.output_dir)
     store = Store(Path(cfg.store.path))
     experiment = build(cfg)
+    if experiment.shard is not None:
+        traces = pipeline.sample_shard(experiment, store)
+        _log.info("%s: %d traces are in %s; the same command without shard= goes on", label(), traces, store.root)
+        return None
     result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     pipeline.write(result, store, folder)
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
     _stages[0] += hits
     _stages[1] += misses
-    _done.append(table.read(folder / "result.json"))
+    _done.extend(table.read(folder / "result.json"))
     return result
 
 
@@ -99,7 +104,11 @@ def label() -> str:
 def main(cfg: DictConfig) -> float | None:
     """One cell. A cell of a sweep that fails is named at the end; the others go on."""
     try:
-        return run_cell(cfg).scores["pruned"].accuracy
+        result = run_cell(cfg)
+        if result is None:
+            return None
+        found = next(iter(result.scores.values())).pruned
+        return found.accuracy if isinstance(found, Score) else found.value
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
@@ -152,15 +161,16 @@ def check_folders(overrides: list[str]) -> None:
 
 
 def _finish() -> None:
+    runs = len({cell.path for cell in _done})
     if cells := table.told_apart(_done):
         table.show(table.rows(cells))
         if len({cell.fields["draw"] for cell in cells}) > 1:
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
             table.show(table.means(cells, against=control), "means over draws")
-    if len(_done) > 1:
-        print(f"{len(_done)} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
+    if runs > 1:
+        print(f"{runs} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
     if _failed and (_done or len(_failed) > 1):
-        print(f"{len(_failed)} of {len(_failed) + len(_done)} cells failed:", *_failed, sep="\n  ", file=sys.stderr)
+        print(f"{len(_failed)} of {len(_failed) + runs} cells failed:", *_failed, sep="\n  ", file=sys.stderr)
 
 
 if __name__ == "__main__":

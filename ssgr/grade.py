@@ -19,8 +19,8 @@ from ssgr.grader import Grade, Grader
 from ssgr.grader.choice import Choice
 from ssgr.grader.exact import Exact
 from ssgr.grader.math import MathVerify
+from ssgr.progress import Progress
 from ssgr.records import Verdict
-from ssgr.stages.progress import Progress
 from ssgr.thinking import Thinking
 
 _CHUNK = 1000  # answers graded between two marks of progress

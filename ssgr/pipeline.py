@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +23,23 @@ from ssgr import keys, tables
 from ssgr.allocation import Allocation
 from ssgr.calib import Material, Source
 from ssgr.grader import Grader
+from ssgr.measure import Measure
 from ssgr.model import Model, gguf
 from ssgr.problems import Problems, Split
 from ssgr.problems.decontaminate import Decontaminate, Hit
 from ssgr.pruner import Pruner, Statistic
-from ssgr.records import MANY_CUT, CalibrationSet, Problem, PruneResult, RunResult, Score, Trace, to_json
+from ssgr.records import (
+    MANY_CUT,
+    BenchResult,
+    CalibrationSet,
+    Problem,
+    PruneResult,
+    Reading,
+    RunResult,
+    Score,
+    Trace,
+    to_json,
+)
 from ssgr.sampler import Decoding, Sampler
 from ssgr.scope import Scope
 from ssgr.select import Budget, Policy
@@ -56,23 +71,26 @@ class Experiment:
     pruner: Pruner
     sparsity: Sparsity
     allocation: Allocation
-    bench: evaluate.Bench
+    bench: evaluate.Bench | Measure | evaluate.Suite
     memory: Memory
     passing: Passing = Passing()  # noqa: RUF009 - it is frozen
     statistic: Statistic = "gram"
     export: Export = Export()  # noqa: RUF009 - it is frozen
     decontaminate: Decontaminate = Decontaminate()  # noqa: RUF009 - it is frozen
+    shard: str | None = None
 
     def __post_init__(self) -> None:
+        _ = self.part
         if self.statistic not in ("norm", "gram"):
             raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
         if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):
             raise ValueError(f"collect.statistic=norm: pruner={self.pruner.name} needs Gram matrices; type gram")
-        if not self.bench.engine.runs_model:
-            raise ValueError(
-                f"bench.engine={type(self.bench.engine).__name__} does not run the model that it is given, so the dense and the "
-                "pruned model would get the same answers: type bench.engine._target_=ssgr.sampler.hf.HfSampler"
-            )
+        for bench in self.sampled_benches:
+            if not bench.engine.runs_model:
+                raise ValueError(
+                    f"bench.engine={type(bench.engine).__name__} does not run the model that it is given, so the dense and the "
+                    "pruned model would get the same answers: type bench.engine._target_=ssgr.sampler.hf.HfSampler"
+                )
         if self.pruner.statistic == "gradient":
             if self.passing.propagate == "dense":
                 raise ValueError(
@@ -84,6 +102,27 @@ class Experiment:
                     f"allocation={self.allocation.name} needs the scores of the dense model, and those of "
                     f"pruner={self.pruner.name} are known as its rows pass: type allocation=uniform, or owl"
                 )
+
+    @property
+    def part(self) -> slice | None:
+        """Which of the problems this job samples, if it shares them with others."""
+        if self.shard is None:
+            return None
+        found = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            raise ValueError(f"shard={self.shard}: give the number of a part and how many there are, 1/8 to 8/8")
+        return slice(int(found[1]) - 1, None, int(found[2]))
+
+    @property
+    def benches(self) -> list[evaluate.Bench | Measure]:
+        """The benchmarks that the model is tried on."""
+        return evaluate.members(self.bench)
+
+    @property
+    def sampled_benches(self) -> list[evaluate.Bench]:
+        """Those that attempt problems, also as the text of a measure."""
+        some = [one if isinstance(one, evaluate.Bench) else one.traces for one in self.benches]
+        return [one for one in some if one is not None]
 
     @property
     def collects(self) -> Statistic:
@@ -108,10 +147,11 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
     flow = _Flow(experiment, store, gguf.record(converted))
     if converted:
         flow.done["convert"] = converted
-    dense = flow.evaluated("dense", None)
+    benches = experiment.benches
+    dense = [flow.evaluated("dense", bench, None) for bench in benches]
     chosen = flow.selected()
     pruned = flow.pruned(chosen)
-    after = flow.evaluated("pruned", pruned)
+    after = [flow.evaluated("pruned", bench, pruned) for bench in benches]
     calibration = json.loads((chosen.path / select.SUMMARY).read_text())
     return RunResult(
         config=config or {},
@@ -120,9 +160,27 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
         stages={name: artefact.run for name, artefact in flow.done.items()},
         calibration=calibration,
         prune=_read_prune(pruned),
-        scores={"dense": read_score(dense), "pruned": read_score(after)},
-        delta=evaluate.difference(_outcomes(after), _outcomes(dense)),
+        scores={bench.name: _compared(*pair) for bench, *pair in zip(benches, dense, after, strict=True)},
     )
+
+
+def sample_shard(experiment: Experiment, store: Store) -> int:
+    """Sample this job's part of what the dense model is to answer, and return the number of traces.
+
+    The same command without `shard` takes the parts that are there, and samples what is missing.
+
+    Raises:
+        ValueError: a setting cannot work; the message says which and what to type next.
+    """
+    x = dataclasses.replace(experiment, model=gguf.stored(experiment.model, store)[0])
+    flow = _Flow(x, store)
+    parts = []
+    if x.calib.needs == "traces":
+        parts.append(flow.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)[0])
+    for bench in x.sampled_benches:
+        on = bench.problems or x.problems
+        parts.append(flow.sampled(f"sample_dense.{bench.name}", on, "test", bench.engine, bench.decoding, None)[0])
+    return sum(len(tables.read_traces(part.path / sample.TRACES)) for part in parts)
 
 
 def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
@@ -162,21 +220,24 @@ class _Flow:
         model, read = self.x.model, problems.read(split)
         asked = [(problem.id, problem.question) for problem in read]
         config = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
+        if self.x.part is not None:
+            read, config["shard"] = read[self.x.part], self.x.shard
         inputs = {"prune": pruned.key} if pruned else {}
 
         def make(work: Path) -> None:
-            at = model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
             earlier = lambda: self._earlier(config, inputs)
-            sample.sample(at, self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier)
+            sample.sample(
+                self._at(pruned), self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier
+            )
 
         return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
 
     def _earlier(self, config: dict[str, Any], inputs: dict[str, str]) -> Iterator[Trace]:
-        """Traces that were sampled alike, but for their cap and their number."""
+        """Traces that were sampled alike, but for their cap and their number, or as a part."""
 
         def bare(described: Any) -> Any:
             decoding = {k: v for k, v in described["decoding"].items() if k not in ("attempts", "max_new_tokens")}
-            return {**described, "decoding": decoding}
+            return {**described, "decoding": decoding, "shard": None}
 
         wanted = bare(keys.describe(config))
         for folder, found in self.store.alike("sample", inputs):
@@ -249,13 +310,16 @@ class _Flow:
         x = self.x
         if not problems:
             return []
-        benchmark = (x.bench.problems or x.problems).read("test")
-        hits = x.decontaminate.hits(problems, benchmark)
-        if hits:
-            _log.warning(
-                "%d of %d calibration problems are in the benchmark and are left out, the first is %s (%s of %s: %s)",
-                len(hits), len(problems), hits[0].id, hits[0].benchmark_id, x.bench.name, hits[0].why,
-            )  # fmt: skip
+        hits: list[Hit] = []
+        for bench in x.sampled_benches:
+            found = x.decontaminate.hits(problems, (bench.problems or x.problems).read("test"))
+            if found:
+                _log.warning(
+                    "%d of %d calibration problems are in the benchmark and are left out, the first is %s (%s of %s: %s)",
+                    len(found), len(problems), found[0].id, found[0].benchmark_id, bench.name, found[0].why,
+                )  # fmt: skip
+            seen = {hit.id for hit in hits}
+            hits += [hit for hit in found if hit.id not in seen]
         if len(hits) == len(problems):
             raise ValueError(
                 f"all {len(problems)} calibration problems are in the benchmark {x.bench.name}; choose another bench, other "
@@ -319,28 +383,59 @@ class _Flow:
         found = card.provenance(x.model, to_json(result), settings, rows, keys_, _versions(), self.converted)
         card.write(checkpoint, found, x.model.files())
 
-    def evaluated(self, name: str, pruned: Artefact | None) -> Artefact:
-        """The score of the dense or the pruned model on the benchmark."""
-        bench = self.x.bench
+    def evaluated(self, name: str, bench: evaluate.Bench | Measure, pruned: Artefact | None) -> Artefact:
+        """What the dense or the pruned model is worth on a benchmark."""
+        if not isinstance(bench, evaluate.Bench):
+            return self._measured(name, bench, pruned)
         problems = bench.problems or self.x.problems
-        sampled, read = self.sampled(f"sample_{name}", problems, "test", bench.engine, bench.decoding, pruned)
-        graded = self.graded(f"grade_{name}", sampled, read, bench.grader or self.x.grader)
+        at = f"{name}.{bench.name}"
+        sampled, read = self.sampled(f"sample_{at}", problems, "test", bench.engine, bench.decoding, pruned)
+        graded = self.graded(f"grade_{at}", sampled, read, bench.grader or self.x.grader)
 
         def make(work: Path) -> None:
-            attempts = evaluate.outcomes(tables.read_graded(graded.path / grade.GRADED))
+            each = tables.read_graded(graded.path / grade.GRADED)
+            attempts = evaluate.outcomes(each)
             tables.write_outcomes(work / evaluate.OUTCOMES, attempts)
+            tables.write_texts(work / evaluate.TEXTS, evaluate.texts(each, read, self.tokenizer))
             found = evaluate.score(bench.name, attempts, sample.seconds(sampled.path))
             (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
 
         config = {"bench": bench.name}
-        out = self._stage(f"evaluate_{name}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
-        if (cut := read_score(out).truncated) > MANY_CUT:
+        out = self._stage(f"evaluate_{at}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
+        score = read_score(out)
+        if isinstance(score, Score) and score.truncated > MANY_CUT:
             _log.warning(
                 "bench=%s: %.1f %% of the answers of the %s model were cut at %d tokens and count as wrong unless they are right "
                 "already; type a larger bench.decoding.max_new_tokens",
-                bench.name, 100 * cut, name, bench.decoding.max_new_tokens,
+                bench.name, 100 * score.truncated, name, bench.decoding.max_new_tokens,
             )  # fmt: skip
         return out
+
+    def _measured(self, name: str, measure: Measure, pruned: Artefact | None) -> Artefact:
+        """What a measure finds, on traces of the dense model where it asks for them."""
+        inputs = {"prune": pruned.key} if pruned else {}
+        traces: Artefact | None = None
+        if (bench := measure.traces) is not None:
+            on = bench.problems or self.x.problems
+            name_ = f"sample_dense.{bench.name}"
+            traces, _ = self.sampled(name_, on, "test", bench.engine, bench.decoding, None)
+            inputs["sample"] = traces.key
+
+        def make(work: Path) -> None:
+            saved = tables.read_traces(traces.path / sample.TRACES) if traces else []
+            start = time.perf_counter()
+            items = measure.measure(self._at(pruned), self.tokenizer, saved)
+            tables.write_items(work / evaluate.OUTCOMES, items)
+            found = evaluate.reading(measure, items, time.perf_counter() - start)
+            (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
+
+        config = {"measure": measure, "model": self.x.model}
+        return self._stage(f"evaluate_{name}.{measure.name}", "evaluate", evaluate.VERSION, config, inputs, make)
+
+    def _at(self, pruned: Artefact | None) -> Model:
+        """The dense model, or the pruned one."""
+        model = self.x.model
+        return model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
 
 
 def _calibration(chosen: Artefact) -> CalibrationSet:
@@ -357,34 +452,45 @@ def _read_prune(pruned: Artefact) -> PruneResult:
     return dataclasses.replace(prune.read(pruned.path / prune.RESULT), checkpoint=checkpoint)
 
 
-def read_score(evaluated: Artefact) -> Score:
-    """The score of an evaluate artefact."""
+def read_score(evaluated: Artefact) -> Score | Reading:
+    """What an evaluate artefact found."""
     found = json.loads((evaluated.path / evaluate.SCORE).read_text())
-    return Score(**{**found, "ci95": tuple(found["ci95"])})
+    kind: type[Score] | type[Reading] = Score if "attempts" in found else Reading
+    return kind(**{**found, "ci95": tuple(found["ci95"])})
 
 
-def _outcomes(evaluated: Artefact) -> list[Any]:
-    return tables.read_outcomes(evaluated.path / evaluate.OUTCOMES)
+def _compared(dense: Artefact, pruned: Artefact) -> BenchResult:
+    one, other = read_score(dense), read_score(pruned)
+    files = (pruned.path / evaluate.OUTCOMES, dense.path / evaluate.OUTCOMES)
+    if isinstance(one, Score):
+        gap = evaluate.difference(*map(tables.read_outcomes, files))
+    else:
+        gap = evaluate.item_difference(*map(tables.read_items, files))
+    return BenchResult(one, other, *gap)
 
 
 def write(result: RunResult, store: Store, folder: Path) -> None:
-    """Write `folder`/result.json, with links to checkpoint and calibration set and a copy of the outcomes beside it."""
+    """Write `folder`/result.json, with links to what is large and a copy of the outcomes beside it."""
     links = {
-        "checkpoint": Path(result.prune.checkpoint),
-        "calibration.parquet": store.root / "select" / result.keys["select"] / select.ROWS,
+        folder / "checkpoint": Path(result.prune.checkpoint),
+        folder / "calibration.parquet": store.root / "select" / result.keys["select"] / select.ROWS,
     }
-    small = {  # copied, so that the tables outlive the store
-        "outcomes.parquet": store.root / "evaluate" / result.keys["evaluate_pruned"] / evaluate.OUTCOMES,
-        "outcomes_dense.parquet": store.root / "evaluate" / result.keys["evaluate_dense"] / evaluate.OUTCOMES,
-    }
+    small: dict[Path, Path] = {}  # copied, so that the tables outlive the store
+    for bench, which in product(result.scores, ("dense", "pruned")):
+        at = store.root / "evaluate" / result.keys[f"evaluate_{which}.{bench}"]
+        small[tables.outcomes_file(folder, bench, which)] = at / evaluate.OUTCOMES
+        if (at / evaluate.TEXTS).exists():
+            links[tables.outcomes_file(folder, bench, which, "texts")] = at / evaluate.TEXTS
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, target in links.items():
-            (folder / name).unlink(missing_ok=True)
-            (folder / name).symlink_to(target.resolve())
-        for name, source in small.items():
-            (folder / name).unlink(missing_ok=True)
-            shutil.copyfile(source, folder / name)
+        for link, target in links.items():
+            link.parent.mkdir(exist_ok=True)
+            link.unlink(missing_ok=True)
+            link.symlink_to(target.resolve())
+        for copy, source in small.items():
+            copy.parent.mkdir(exist_ok=True)
+            copy.unlink(missing_ok=True)
+            shutil.copyfile(source, copy)
         beside = folder / "result.json.tmp"
         beside.write_text(json.dumps(to_json(result), indent=1, default=str))
         beside.rename(folder / "result.json")

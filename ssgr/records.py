@@ -173,6 +173,18 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Text:
+    """What was asked and answered in one attempt of an evaluation, for people and other tools."""
+
+    problem_id: str
+    attempt: int
+    question: str
+    gold: str
+    prompt: str
+    response: str
+
+
+@dataclass(frozen=True)
 class Score:
     """What an evaluation found; shares are of attempts, `ci95` is clustered by problem."""
 
@@ -192,6 +204,28 @@ class Score:
     seconds: float
     tokens_per_second: float
     by_level: dict[str, float] = field(default_factory=dict)
+    metric: str = "accuracy"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One item of a measure: a window of text with its mean loss, or a document of a task with its metric."""
+
+    id: str
+    value: float
+    weight: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a measure found: the weighted mean of its items (`perplexity`: the exponential of it), and its interval."""
+
+    bench: str
+    metric: str
+    value: float
+    ci95: tuple[float, float]
+    items: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -204,6 +238,19 @@ class StageRun:
 
 
 @dataclass(frozen=True)
+class BenchResult:
+    """What the dense and the pruned model are worth on one benchmark, and their paired difference with its interval.
+
+    The difference of accuracies and of the metrics of tasks is in their own unit, that of perplexities in nats a token.
+    """
+
+    dense: Score | Reading
+    pruned: Score | Reading
+    difference: float
+    ci95: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class RunResult:
     """Everything one cell of a grid found: the content of result.json."""
 
@@ -213,8 +260,7 @@ class RunResult:
     stages: dict[str, StageRun]
     calibration: dict[str, Any]
     prune: PruneResult
-    scores: dict[str, Score]
-    delta: dict[str, Any]
+    scores: dict[str, BenchResult]
 
 
 def to_json(record: Any) -> Any:

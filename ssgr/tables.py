@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssgr.records import CalibrationSet, Graded, Outcome, Row, Trace, Verdict
+from ssgr.records import CalibrationSet, Graded, Item, Outcome, Row, Text, Trace, Verdict
 
 _IDS = pa.list_(pa.int32())
 _TRACE = pa.schema(
@@ -47,6 +47,18 @@ _OUTCOME = pa.schema(
         ("closed", pa.bool_()),
     ]
 )
+_TEXT = pa.schema(
+    [
+        ("problem_id", pa.string()),
+        ("attempt", pa.int32()),
+        ("question", pa.string()),
+        ("gold", pa.string()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+    ]
+)
+_ITEM = pa.schema([("id", pa.string()), ("value", pa.float64()), ("weight", pa.int64())])
+ITEM = frozenset(_ITEM.names)
 _ROW = pa.schema(
     [
         ("id", pa.string()),
@@ -69,6 +81,12 @@ def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
         file.flush()
         os.fsync(file.fileno())  # a rename must not reach the disk before what it names
     os.replace(beside, path)
+
+
+def columns(path: Path) -> list[str]:
+    """The names of a file's columns."""
+    names: list[str] = pq.read_schema(path).names
+    return names
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
@@ -115,6 +133,31 @@ def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:
 def read_outcomes(path: Path) -> list[Outcome]:
     """Read what `write_outcomes` wrote."""
     return [Outcome(**{**row, "verdict": Verdict(row["verdict"])}) for row in _read(path)]
+
+
+def outcomes_file(folder: Path, bench: str, which: str, kind: str = "outcomes") -> Path:
+    """Where a run keeps the outcomes (or items, or `texts`) of its `dense` or `pruned` model on a benchmark."""
+    return folder / kind / f"{bench}{'_dense' if which == 'dense' else ''}.parquet"
+
+
+def write_texts(path: Path, texts: Sequence[Text]) -> None:
+    """Write what was asked and answered."""
+    _write(path, [_plain(text) for text in texts], _TEXT)
+
+
+def read_texts(path: Path) -> list[Text]:
+    """Read what `write_texts` wrote."""
+    return [Text(**row) for row in _read(path)]
+
+
+def write_items(path: Path, items: Sequence[Item]) -> None:
+    """Write the items of a measure."""
+    _write(path, [_plain(item) for item in items], _ITEM)
+
+
+def read_items(path: Path) -> list[Item]:
+    """Read what `write_items` wrote."""
+    return [Item(**row) for row in _read(path)]
 
 
 def write_rows(path: Path, calibration: CalibrationSet) -> None:

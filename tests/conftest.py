@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -99,3 +101,34 @@ def run(tmp_path: Path) -> Run:
         )
 
     return type_
+
+
+TASK = """task: sums
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A task of lm-evaluation-harness on local files: which of two sums is right."""
+    pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    rng = np.random.default_rng(0)
+    rows = []
+    for _ in range(24):
+        a, b = (int(n) for n in rng.integers(2, 40, 2))
+        choices = [f" {a + b}", f" {a + b + int(rng.integers(1, 9))}"]
+        right = int(rng.integers(2))
+        rows.append({"question": f"{a}+{b}=", "choices": choices[:: -1 if right else 1], "answer": right})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "sums.yaml").write_text(TASK % (tmp_path / "rows.jsonl"))
+    return folder

@@ -24,6 +24,7 @@ NEEDS = {  # what a choice cannot know by itself
     "model/local": ["model.path=."],
     "problems/jsonl": ["problems.path=x.jsonl"],
     "problems/hub": ["problems.path=some/dataset"],
+    "bench/lm_eval/task": ["bench.name=own", "bench.task=own"],
     "sampler/replay": ["sampler.engine.path=x.parquet"],
     "sampler/server": ["sampler.engine.url=http://127.0.0.1:1/v1"],
 }
@@ -48,9 +49,15 @@ def build(*overrides: str) -> Experiment:
     return experiment
 
 
-@pytest.mark.parametrize("file", CHOICES, ids=lambda f: f"{f.parent.name}/{f.stem}")
+def choice_of(file: Path) -> tuple[str, str]:
+    """The group of a YAML, and what one types to choose it."""
+    group, *rest = file.relative_to(CONF).with_suffix("").parts
+    return group, "/".join(rest)
+
+
+@pytest.mark.parametrize("file", CHOICES, ids=lambda f: "/".join(choice_of(f)))
 def test_every_choice_composes_and_instantiates(file: Path) -> None:
-    group, choice = file.parent.name, file.stem
+    group, choice = choice_of(file)
     sign = "+" if group == "experiment" else ""
     overrides = [f"{sign}{group}={choice}".replace("+experiment", "experiment"), *NEEDS.get(f"{group}/{choice}", [])]
     assert isinstance(build(*overrides), Experiment)

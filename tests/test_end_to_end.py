@@ -25,8 +25,7 @@ SCHEMA = {
     "calibration": {"source", "rows", "tokens", "held_out", "funnel"},
     "prune": {"pruner", "allocation", "propagate", "sparsity_target", "sparsity_realised", "sparsity_model",
               "sparsity_with_embeddings", "unseen", "seconds", "peak_host_mib", "layers", "checkpoint"},
-    "scores": {"dense", "pruned"},
-    "delta": {"accuracy", "ci95"},
+    "scores": {"held_out"},
 }  # fmt: skip
 SCORE = {"bench", "problems", "attempts", "accuracy", "ci95", "pass_at_k", "maj_at_k", "mean_tokens", "truncated", "looping",
          "no_answer", "grader_failed", "seconds", "by_level"}  # fmt: skip
@@ -46,12 +45,13 @@ def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
     assert set(one) == set(SCHEMA)
     for name, fields in SCHEMA.items():
         assert fields <= set(one[name])
-    for score in one["scores"].values():
-        assert set(score) >= SCORE
+    found = one["scores"]["held_out"]
+    assert set(found) == {"dense", "pruned", "difference", "ci95"}
+    assert set(found["dense"]) >= SCORE and set(found["pruned"]) >= SCORE
     assert all(set(s) == {"seconds", "cached", "peak_rss_mib"} for s in one["stages"].values())
     assert one["calibration"]["tokens"]["realised"] == one["calibration"]["tokens"]["asked"] == 400
     assert one["prune"]["sparsity_realised"] == pytest.approx(0.5, abs=0.005)
-    assert one["scores"]["dense"]["accuracy"] > 0.7, "the shipped model solves one to three operations"
+    assert found["dense"]["accuracy"] > 0.7, "the shipped model solves one to three operations"
 
     checkpoint = tmp_path / "run" / "checkpoint"
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype="auto")
@@ -136,7 +136,8 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
     assert gaps["matched", "wanda"]["minus calib=matched"] == ""
     assert gaps["corpus", "magnitude"]["minus calib=matched"].startswith("+0.000")  # the same checkpoint
     parted = (
-        by["corpus", "wanda"]["scores"]["pruned"]["accuracy"] - by["matched", "wanda"]["scores"]["pruned"]["accuracy"]
+        by["corpus", "wanda"]["scores"]["held_out"]["pruned"]["accuracy"]
+        - by["matched", "wanda"]["scores"]["held_out"]["pruned"]["accuracy"]
     )
     assert gaps["corpus", "wanda"]["minus calib=matched"].startswith(f"{parted:+.3f}")
     for wrong, answer in (("calib=self", "calib here is corpus, matched, ssgr"), ("kalib=self", "no such field")):
@@ -174,7 +175,7 @@ def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:
     clean = run("calib=self", "problems.calibration=200", "sampler.engine.batch_size=8", f"store.path={tmp_path / 'other'}",
                 f"hydra.run.dir={tmp_path / 'run2'}")  # fmt: skip
     assert clean.returncode == 0, clean.stderr
-    accuracies = [result(tmp_path / r)["scores"]["pruned"]["accuracy"] for r in ("run", "run2")]
+    accuracies = [result(tmp_path / r)["scores"]["held_out"]["pruned"]["accuracy"] for r in ("run", "run2")]
     assert accuracies[0] == accuracies[1]
     a, b = (pq.read_table(tmp_path / r / "calibration.parquet") for r in ("run", "run2"))
     assert a.equals(b)
@@ -191,3 +192,24 @@ def test_a_damaged_artefact_is_made_again(run: Run, tmp_path: Path) -> None:
     assert "model.safetensors" in again.stdout + again.stderr
     stages = result(tmp_path / "run")["stages"]
     assert not stages["prune"]["cached"] and stages["select"]["cached"]
+
+
+def test_jobs_share_the_sampling(run: Run, tmp_path: Path) -> None:
+    """Parts sampled by several jobs are what one job samples, and the whole run samples only what no part has."""
+    for part in ("1/3", "3/3"):
+        done = run("calib=self", f"shard={part}")
+        assert done.returncode == 0 and "traces are in" in done.stderr + done.stdout, done.stderr
+        assert not (tmp_path / "run" / "result.json").exists()
+    whole = run("calib=self")
+    assert whole.returncode == 0, whole.stderr
+    told = whole.stderr + whole.stdout
+    assert "sample: 84 traces of other runs are taken" in told  # 21 of 32 problems, 4 attempts each
+    assert "sample_dense.held_out: 11 traces of other runs are taken" in told
+    shared = result(tmp_path / "run")
+    alone = run("calib=self", f"store.path={tmp_path / 'other'}", f"hydra.run.dir={tmp_path / 'alone'}")
+    assert alone.returncode == 0, alone.stderr
+    assert result(tmp_path / "alone")["keys"] == shared["keys"]
+    assert [
+        score["accuracy"] for score in (result(tmp_path / r)["scores"]["held_out"]["dense"] for r in ("run", "alone"))
+    ] == [shared["scores"]["held_out"]["dense"]["accuracy"]] * 2
+    assert "give the number of a part" in run("shard=4/3").stdout

@@ -122,6 +122,6 @@ def test_counting_and_short_repeats_are_no_loops() -> None:
 def test_difference_is_paired() -> None:
     dense = [outcome(f"p{i}", 0, i < 70) for i in range(100)]
     worse = [outcome(f"p{i}", 0, i < 60) for i in range(100)]
-    found = difference(list(reversed(worse)), dense)
-    assert found["accuracy"] == pytest.approx(-0.1)
-    assert -0.17 < found["ci95"][0] < found["ci95"][1] < -0.03  # unpaired it would reach zero
+    gap, (low, high) = difference(list(reversed(worse)), dense)
+    assert gap == pytest.approx(-0.1)
+    assert -0.17 < low < high < -0.03  # unpaired it would reach zero

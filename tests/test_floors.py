@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "ssgr").rglob("*.py"))
-VARIANT_ROOMS = ("model", "problems", "sampler", "grader", "calib", "pruner", "allocation", "tracker")
+VARIANT_ROOMS = ("model", "problems", "sampler", "grader", "calib", "pruner", "allocation", "measure", "tracker")
 
 
 def imports(file: Path) -> set[str]:
@@ -31,7 +31,9 @@ def floor(module: str) -> int:
         return 0
     if parts[1] in VARIANT_ROOMS:
         return 2
-    return {"records": 0, "stages": 3, "report": 3, "pipeline": 4, "grade": 4}.get(parts[1], 1)
+    return {"records": 0, "stages": 3, "report": 3, "pipeline": 4, "grade": 4, "export": 4, "__main__": 4}.get(
+        parts[1], 1
+    )
 
 
 def name_of(file: Path) -> str:

@@ -30,8 +30,9 @@ def test_there_are_commands() -> None:
 def test_every_group_and_choice_is_named() -> None:
     for group in (p for p in (ROOT / "conf").iterdir() if p.is_dir()):
         line = next(line for line in README.splitlines() if line.startswith(f"| `{group.name}` |"))
-        for choice in group.glob("*.yaml"):
-            assert f"`{choice.stem}`" in line, f"README does not name {group.name}={choice.stem}"
+        for file in group.rglob("*.yaml"):
+            choice = "/".join(file.relative_to(group).with_suffix("").parts)
+            assert f"`{choice}`" in line, f"README does not name {group.name}={choice}"
 
 
 def test_every_dependency_has_its_line() -> None:

@@ -42,19 +42,30 @@ def cell(folder: Path, right: list[bool], problems: str = "p", **settings: Any) 
         node[last] = value
     folder.mkdir(parents=True)
     accuracy = sum(right) / len(right)
-    score = {"accuracy": accuracy, "ci95": [0, 1], "mean_tokens": 9, "truncated": 0, "looping": 0, "seconds": 1}
+    bench = config["bench"]["name"]
+    score = {
+        "metric": "accuracy",
+        "attempts": 1,
+        "accuracy": accuracy,
+        "ci95": [0, 1],
+        "mean_tokens": 9,
+        "truncated": 0,
+        "looping": 0,
+        "seconds": 1,
+    }
     told = json.dumps({k: v for k, v in config.items() if k not in ("device", "store")}, sort_keys=True)
     result = {
         "config": config,
-        "keys": {"select": f"s{told}", "evaluate_pruned": f"p{told}", "evaluate_dense": "d"},
+        "keys": {"select": f"s{told}", f"evaluate_pruned.{bench}": f"p{told}", f"evaluate_dense.{bench}": "d"},
         "stages": {}, "calibration": {"tokens": {"asked": 400}},
         "prune": {"pruner": config["pruner"]["name"], "sparsity_realised": 0.5},
-        "scores": {"dense": score, "pruned": score}, "delta": {"accuracy": 0, "ci95": [0, 0]},
+        "scores": {bench: {"dense": score, "pruned": score, "difference": 0, "ci95": [0, 0]}},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
-    for name, values in (("outcomes", right), ("outcomes_dense", [True] * len(right))):
+    (folder / "outcomes").mkdir()
+    for which, values in (("pruned", right), ("dense", [True] * len(right))):
         tables.write_outcomes(
-            folder / f"{name}.parquet",
+            tables.outcomes_file(folder, bench, which),
             [
                 Outcome(f"{problems}{i}", 0, 1, Verdict.RIGHT if ok else Verdict.WRONG, "1", 9, "stop", False)
                 for i, ok in enumerate(values)
@@ -93,7 +104,7 @@ def test_what_changes_no_result_or_follows_from_a_choice_is_no_column(tmp_path: 
         device="cuda",
         sampler__engine={"batch_size": 8},
     )
-    assert set(table.find([tmp_path])[0].fields) == set(table.read(tmp_path / "a" / "result.json").fields)
+    assert set(table.find([tmp_path])[0].fields) == set(table.read(tmp_path / "a" / "result.json")[0].fields)
 
 
 def test_means_are_over_draws_and_seeds(tmp_path: Path) -> None:
@@ -124,7 +135,7 @@ def test_results_of_other_weights_are_no_more_draws(tmp_path: Path) -> None:
     cell(tmp_path / "old", [True])
     cell(tmp_path / "new", [False])
     changed = json.loads((tmp_path / "new" / "result.json").read_text())
-    changed["keys"]["evaluate_dense"] = "other"
+    changed["keys"]["evaluate_dense.held_out"] = "other"
     (tmp_path / "new" / "result.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="same settings and are of different weights, data or code"):
         table.find([tmp_path])
@@ -167,9 +178,9 @@ def test_a_file_gets_the_whole_table(tmp_path: Path) -> None:
 
 def test_means_without_the_outcomes_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell(tmp_path / "a", [True])
-    (tmp_path / "a" / "outcomes.parquet").unlink()
+    (tmp_path / "a" / "outcomes" / "held_out.parquet").unlink()
     assert main([str(tmp_path), "--by", "calib"]) == 1
-    assert "outcomes.parquet cannot be read" in capsys.readouterr().err
+    assert "held_out.parquet cannot be read" in capsys.readouterr().err
 
 
 def test_other_problems_have_no_common_mean(tmp_path: Path) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
-from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 
-from ssgr import prose
 from ssgr.calib import Material, Needs
 from ssgr.records import Row
 from ssgr.select import Candidates, Policy
+from ssgr.text import Text
 
-_PROSE = "prose"  # the value of calib.text that means generated prose
 _POOL = 4  # text is tokenised until it holds this many times the budget, so that draws differ
 
 
@@ -64,14 +59,14 @@ class Corpus(_Plain):
         """Nothing."""
         return "nothing"
 
+    @property
+    def _text(self) -> Text:
+        return Text(self.text, "calib.text", self.column, self.subset, self.split, self.revision)
+
     def key_content(self) -> object:
-        """A file or a folder is keyed by what it holds, a dataset by its name and revision."""
-        path = Path(self.text).expanduser()
-        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
-        sums = [(f.suffix, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
-        text = sums if files and self.text != _PROSE else self.text
+        """The text is keyed by what it holds."""
         rest = (self.name, self.draw, self.window, self.column, self.subset, self.split, self.revision)
-        return {"text": text, "rest": rest}
+        return {"text": self._text.key_content(), "rest": rest}
 
     def candidates(self, material: Material, policy: Policy) -> Candidates:
         """Non-overlapping windows of the tokenised documents, joined by the end-of-text token."""
@@ -82,7 +77,7 @@ class Corpus(_Plain):
         ids: list[int] = []
         rows: list[Row] = []
         documents = 0
-        for text in self._documents(material.tokens):
+        for text in self._text.documents(self.draw):
             documents += 1
             ids += start + list(tokenizer(text, add_special_tokens=False)["input_ids"]) + stop
             while len(ids) >= window:
@@ -91,51 +86,6 @@ class Corpus(_Plain):
             if len(rows) * window >= _POOL * material.tokens:
                 break
         return Candidates(tuple(rows), (("documents", documents), (f"windows of {window}", len(rows))), windowed=True)
-
-    def _documents(self, tokens: int) -> Iterable[str]:
-        if self.text == _PROSE:
-            rng = random.Random(f"prose/{self.draw}")
-            while True:
-                yield prose.paragraph(rng)
-        path = Path(self.text).expanduser()
-        if path.is_file():
-            yield from _file_documents(path, self.column)
-            return
-        yield from self._dataset()
-
-    def _dataset(self) -> Iterable[str]:
-        import datasets
-
-        try:
-            data = datasets.load_dataset(
-                self.text, self.subset, split=self.split, revision=self.revision, streaming=True
-            )
-            for row in data.shuffle(seed=self.draw, buffer_size=1000):
-                yield str(row[self.column])
-        except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
-            raise ValueError(
-                f"calib.text={self.text} is neither a file nor a dataset that can be loaded "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); type calib.text=FILE.txt, FILE.jsonl or prose"
-            ) from error
-
-
-def _file_documents(path: Path, column: str) -> Iterable[str]:
-    if path.suffix != ".jsonl":
-        yield from (part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip())
-        return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else {column: ""}
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
-                ) from error
-            if not isinstance(row, dict) or column not in row:
-                there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
-                raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
-            if row[column]:
-                yield str(row[column])
 
 
 @dataclass(frozen=True)

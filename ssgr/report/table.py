@@ -8,6 +8,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from ssgr.intervals import cluster_bootstrap
-from ssgr.records import MANY_CUT, Outcome, Verdict
-from ssgr.tables import read_outcomes
+from ssgr.records import MANY_CUT, Verdict
+from ssgr.stages.evaluate import PERPLEXITY, shown
+from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_outcomes
 
 Rows = list[dict[str, str]]
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
@@ -32,22 +34,44 @@ _NEVER = ("device", "store.", "memory.", "hydra.", "model.device", "batch_size")
 
 @dataclass(frozen=True)
 class Cell:
-    """One result.json and where it lies; `fields` are the settings that tell cells apart, by the name of a column."""
+    """One benchmark of a result.json and where that lies; `fields` are the settings that tell cells apart, by their columns."""
 
     path: Path
     result: dict[str, Any]
     fields: dict[str, str]
 
+    @property
+    def score(self) -> dict[str, Any]:
+        """What was found on the benchmark: `dense` and `pruned`, and their `difference` with its `ci95`."""
+        found: dict[str, Any] = self.result["scores"][self.fields["bench"]]
+        return found
 
-def read(path: Path) -> Cell:
-    """Read one result.json.
+    @property
+    def metric(self) -> str:
+        """What is measured."""
+        return str(self.score["pruned"]["metric"])
+
+    def key(self, which: str) -> str:
+        """The key of the evaluation of the `dense` or the `pruned` model."""
+        return str(self.result["keys"][f"evaluate_{which}.{self.fields['bench']}"])
+
+    def outcomes(self, which: str) -> Path:
+        """The file of every attempt, or item, of the `dense` or the `pruned` model."""
+        return outcomes_file(self.path.parent, self.fields["bench"], which)
+
+
+def read(path: Path) -> list[Cell]:
+    """Read one result.json: a cell for each of its benchmarks.
 
     Raises:
         ValueError: it is not one.
     """
     try:
         result = json.loads(path.read_text())
-        return Cell(path, result, _fields(result))
+        cells = [Cell(path, result, _fields(result, bench)) for bench in result["scores"]]
+        for cell in cells:
+            _ = cell.metric, cell.key("dense"), cell.key("pruned")
+        return cells
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a result of ssgr ({type(error).__name__}: {error})") from error
 
@@ -64,7 +88,7 @@ def find(paths: Iterable[Path]) -> list[Cell]:
         raise ValueError(
             f"no result.json at or below {', '.join(map(str, given))}; type the folder of a run or a sweep"
         )
-    return told_apart([read(file) for file in files])
+    return told_apart([cell for file in files for cell in read(file)])
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:
@@ -75,8 +99,8 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
     """
     made: dict[tuple[str, ...], Cell] = {}
     for cell in cells:
-        keys = cell.result["keys"]
-        made.setdefault((*cell.fields.values(), keys["select"], keys["evaluate_pruned"], keys["evaluate_dense"]), cell)
+        keys = cell.result["keys"]["select"], cell.key("pruned"), cell.key("dense")
+        made.setdefault((*cell.fields.values(), *keys), cell)
     settings = [_settings(cell.result["config"]) for cell in made.values()]
     seen: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell, own in zip(made.values(), settings, strict=True):
@@ -121,7 +145,7 @@ def _choice(config: Mapping[str, Any], name: str) -> str:
     return f"{group.get('name')} {group.get('_target_')}" if isinstance(group, Mapping) else ""
 
 
-def _fields(result: dict[str, Any]) -> dict[str, str]:
+def _fields(result: dict[str, Any], bench: str) -> dict[str, str]:
     config, prune = result["config"], result["prune"]
     sparsity, budget = config["sparsity"], config["budget"]
     return {
@@ -136,8 +160,8 @@ def _fields(result: dict[str, Any]) -> dict[str, str]:
         "propagate": prune.get("propagate", "pruned"),
         "sparsity": f"{sparsity['n']}:{sparsity['m']}" if "n" in sparsity else f"{100 * sparsity['ratio']:g} %",
         "budget": f"{budget['tokens']}" if budget["tokens"] is not None else f"{budget['rows']} rows",
-        "bench": config["bench"]["name"],
-        "seed": str(config["bench"]["decoding"]["seed"]),
+        "bench": bench,
+        "seed": str(config["bench"].get("decoding", {}).get("seed", "")),
         "draw": str(config["calib"]["draw"]),
     }
 
@@ -153,25 +177,42 @@ def rows(cells: Sequence[Cell]) -> Rows:
     out: Rows = []
     seen: set[str] = set()
     for cell in cells:
-        dense = cell.result["scores"]["dense"]
-        key = cell.result["keys"]["evaluate_dense"]
-        if key not in seen:
+        dense = cell.score["dense"]
+        if (key := cell.key("dense")) not in seen:
             seen.add(key)
             names = {f: cell.fields[f] if f in ("model", "bench", "seed") else "" for f in shown}
             out.append({**names, "calib": "dense", "pruner": "", **_score(dense), "difference to dense": "",
                         "sparsity realised": "0 %", "seconds": f"{dense['seconds']:.0f}"})  # fmt: skip
     for cell in cells:
-        delta, stages = cell.result["delta"], cell.result["stages"]
+        found, stages = cell.score, cell.result["stages"]
         out.append(
             {
                 **{f: cell.fields[f] for f in shown},
-                **_score(cell.result["scores"]["pruned"]),
-                "difference to dense": _interval(delta["accuracy"], delta["ci95"], signed=True),
+                **_score(found["pruned"]),
+                "difference to dense": _interval(found["difference"], found["ci95"], signed=True) + _unit(cell.metric),
                 "sparsity realised": f"{100 * cell.result['prune']['sparsity_realised']:.1f} %",
                 "seconds": f"{sum(s['seconds'] for s in stages.values() if not s['cached']):.0f}",
             }
         )
-    return out
+    return _filled(out)
+
+
+def _filled(content: Rows) -> Rows:
+    """Rows with the same columns, in the order in which they first come; what a row lacks is blank."""
+    columns: list[str] = []
+    for row in content:
+        before = 0
+        for name in row:
+            if name in columns:
+                before = columns.index(name) + 1
+            else:
+                columns.insert(before, name)
+                before += 1
+    return [{name: row.get(name, "") for name in columns} for row in content]
+
+
+def _unit(metric: str) -> str:
+    return " nats" if metric == PERPLEXITY else ""
 
 
 def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str | None = None) -> Rows:
@@ -192,31 +233,33 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
     out: Rows = []
     for names, group in groups.items():
         _check_problems(group)
-        pruned = [_by_problem(cell.path.with_name("outcomes.parquet")) for cell in group]
-        dense = [_by_problem(cell.path.with_name("outcomes_dense.parquet")) for cell in group]
-        gaps = [p - d for p, d in zip(pruned, dense, strict=True)]
-        scores = [cell.result["scores"]["pruned"] for cell in group]
-        accuracies = [s["accuracy"] for s in scores]
+        metric = group[0].metric
+        pruned = [_values(cell, "pruned") for cell in group]
+        gaps = [p - _values(cell, "dense") for p, cell in zip(pruned, group, strict=True)]
+        scores = [cell.score["pruned"] for cell in group]
+        mean, ci95 = float(np.mean(pruned)), cluster_bootstrap(pruned)
+        value, low, high = (shown(metric, one) for one in (mean, *ci95))
+        each = [shown(metric, float(values.mean())) for values in pruned]
         beside = {f"minus {against}": _minus_control(group, pruned, control, against)} if against else {}
         out.append(
             {
                 **dict(zip(by, names, strict=True)),
                 "draws": str(len(group)),
-                "accuracy": _interval(float(np.mean(accuracies)), cluster_bootstrap(pruned)),
-                "deviation of draws": f"{np.std(accuracies, ddof=1):.3f}" if len(group) > 1 else "",
-                "difference to dense": _mean(gaps),
+                metric: _interval(value, (low, high)),
+                "deviation of draws": f"{np.std(each, ddof=1):.3f}" if len(group) > 1 else "",
+                "difference to dense": _mean(gaps) + _unit(metric),
                 **beside,
-                **{k: f"{np.mean([s[v] for s in scores]):.{d}f}" for k, v, d in _MEANS},
+                **{k: f"{np.mean([s[v] for s in scores]):.{d}f}" for k, v, d in _MEANS if v in scores[0]},
             }
         )
-    return out
+    return _filled(out)
 
 
 _MEANS = (("tokens", "mean_tokens", 1), ("cut", "truncated", 3), ("looping", "looping", 3))
 
 
 def _check_problems(group: Sequence[Cell]) -> None:
-    tried = {cell.path: {o.problem_id for o in _attempts(cell.path.with_name("outcomes.parquet"))} for cell in group}
+    tried = {cell.path: (cell.metric, _by_id(cell.outcomes("pruned")).keys()) for cell in group}
     if odd := [path for path, ids in tried.items() if ids != tried[group[0].path]]:
         raise ValueError(
             f"{group[0].path} and {odd[0]} were tried on different problems and have no common mean: give one sweep, "
@@ -245,7 +288,7 @@ def _control(cells: Sequence[Cell], against: str) -> dict[tuple[str, ...], NDArr
     if not chosen:
         there = sorted({cell.fields[field] for cell in cells})
         raise ValueError(f"--against {against}: no such cell; {field} here is {', '.join(there)}")
-    return {_twin(cell, against): _by_problem(cell.path.with_name("outcomes.parquet")) for cell in chosen}
+    return {_twin(cell, against): _values(cell, "pruned") for cell in chosen}
 
 
 def _minus_control(
@@ -266,25 +309,33 @@ def _mean(gaps_DP: Sequence[NDArray[np.float64]]) -> str:
     return _interval(float(np.mean(gaps_DP)), cluster_bootstrap(gaps_DP), signed=True)
 
 
-def _by_problem(path: Path) -> NDArray[np.float64]:
-    """Share of right attempts by problem, in the order of ids."""
-    right: dict[str, list[bool]] = defaultdict(list)
-    for outcome in _attempts(path):
-        right[outcome.problem_id].append(outcome.verdict is Verdict.RIGHT)
-    return np.array([np.mean(right[problem]) for problem in sorted(right)])
+def _values(cell: Cell, which: str) -> NDArray[np.float64]:
+    """Share of right attempts by problem, or the values of items, in the order of ids; their plain mean is the score's."""
+    return np.array(list(_by_id(cell.outcomes(which)).values()))
 
 
-def _attempts(path: Path) -> list[Outcome]:
+@lru_cache(maxsize=1024)
+def _by_id(path: Path) -> dict[str, float]:
     try:
-        return read_outcomes(path)
+        if set(columns(path)) >= ITEM:
+            items = sorted(read_items(path), key=lambda item: item.id)
+            mean = np.mean([item.weight for item in items])
+            return {item.id: item.value * item.weight / float(mean) for item in items}
+        attempts = read_outcomes(path)
     except OSError as error:
         raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}): give the whole folder of a run or a sweep, with "
-            "outcomes.parquet and outcomes_dense.parquet beside each result.json"
+            f"{path} cannot be read ({type(error).__name__}): give the whole folder of a run or a sweep, with the folder "
+            "outcomes beside each result.json"
         ) from error
+    right: dict[str, list[bool]] = defaultdict(list)
+    for outcome in attempts:
+        right[outcome.problem_id].append(outcome.verdict is Verdict.RIGHT)
+    return {problem: float(np.mean(right[problem])) for problem in sorted(right)}
 
 
 def _score(score: dict[str, Any]) -> dict[str, str]:
+    if "attempts" not in score:
+        return {score["metric"]: _interval(score["value"], score["ci95"])}
     return {
         "accuracy": _interval(score["accuracy"], score["ci95"]),
         "tokens": f"{score['mean_tokens']:.1f}",

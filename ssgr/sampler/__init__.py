@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.records import Trace
 
 
@@ -54,18 +54,6 @@ class Request:
         """The seed of this attempt: the same whatever the batch, the model or the order."""
         digest = hashlib.sha256(f"{seed}/{self.problem_id}/{self.attempt}".encode()).digest()
         return int.from_bytes(digest[:8]) >> 1
-
-
-class Loadable(Protocol):
-    """A model that is not loaded yet: an engine loads it, or reads its files."""
-
-    def load(self) -> PreTrainedModel:
-        """The loaded model."""
-        ...
-
-    def files(self) -> Path:
-        """The folder of its files."""
-        ...
 
 
 class Sampler(Protocol):

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Loadable, Request, batch, check_room, slots, stop_ids
+from ssgr.sampler import Decoding, Request, batch, check_room, slots, stop_ids
 from ssgr.sampler.attention import grouped_attention
 
 

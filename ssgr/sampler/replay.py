@@ -18,8 +18,9 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Loadable, Request, stop_ids
+from ssgr.sampler import Decoding, Request, stop_ids
 
 _log = logging.getLogger("ssgr")
 _OWN = ("problem_id", "attempt", "generated_ids", "finish")

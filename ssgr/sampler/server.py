@@ -17,8 +17,9 @@ from typing import Any, ClassVar
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Decoding, Loadable, Request
+from ssgr.sampler import Decoding, Request
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries

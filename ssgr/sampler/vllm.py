@@ -16,8 +16,9 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Loadable, Request, check_room, stop_ids
+from ssgr.sampler import Decoding, Request, check_room, stop_ids
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _END_SECONDS = 60.0  # that a replica may take to end

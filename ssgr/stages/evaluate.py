@@ -1,23 +1,27 @@
-"""Evaluate: graded attempts at a benchmark -> its score, and paired differences between models."""
+"""Evaluate: graded attempts at a benchmark, or the items of a measure -> its score, and paired differences between models."""
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.grader import Grader
-from ssgr.intervals import majority, paired_bootstrap, pass_at_k, wilson
+from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
+from ssgr.measure import Measure
 from ssgr.problems import Problems
-from ssgr.records import Graded, Outcome, Score, Verdict
+from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict
 from ssgr.sampler import Decoding, Sampler
 
-VERSION = 2
-OUTCOMES, SCORE = "outcomes.parquet", "score.json"
+VERSION = 3
+OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
+PERPLEXITY = "perplexity"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
 
@@ -31,6 +35,42 @@ class Bench:
     engine: Sampler
     problems: Problems | None = None  # None: the test split of the problems group
     grader: Grader | None = None  # None: that of the grader group
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Several benchmarks; `decoding` holds settings that all of those share that sample, such as the seed."""
+
+    name: str
+    benches: Mapping[str, Bench | Measure]
+    decoding: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.benches:
+            raise ValueError(f"bench={self.name}: a suite has at least one benchmark under bench.benches")
+
+
+def members(bench: Bench | Measure | Suite) -> list[Bench | Measure]:
+    """The benchmarks of a suite, or the one that it is.
+
+    Raises:
+        ValueError: two have the same name, or a name cannot be that of a file.
+    """
+    if not isinstance(bench, Suite):
+        some: list[Bench | Measure] = [bench]
+    else:
+        shared = dict(bench.decoding)
+        some = [
+            replace(one, decoding=replace(one.decoding, **shared)) if isinstance(one, Bench) else one
+            for one in bench.benches.values()
+        ]
+    names = [one.name for one in some]
+    for name in names:
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"bench.name={name!r}: give letters, digits and . _ + - only: files are named by it")
+        if names.count(name) > 1:
+            raise ValueError(f"bench={bench.name}: two of its benchmarks are called {name}; give one another name")
+    return some
 
 
 def is_looping(ids: Sequence[int]) -> bool:
@@ -56,6 +96,22 @@ def outcomes(graded: Sequence[Graded]) -> list[Outcome]:
             g.trace.finish == "length" and is_looping(g.trace.generated_ids),
             g.thinking,
             g.closed,
+        )
+        for g in graded
+    ]
+
+
+def texts(graded: Sequence[Graded], problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase) -> list[Text]:
+    """What was asked and answered, special tokens as text."""
+    by_id = {problem.id: problem for problem in problems}
+    return [
+        Text(
+            g.trace.problem_id,
+            g.trace.attempt,
+            by_id[g.trace.problem_id].question,
+            by_id[g.trace.problem_id].answer,
+            str(tokenizer.decode(list(g.trace.prompt_ids))),
+            str(tokenizer.decode(list(g.trace.generated_ids))),
         )
         for g in graded
     ]
@@ -109,7 +165,34 @@ def _right(attempts: Sequence[Outcome]) -> NDArray[np.float64]:
     return np.array(list(rows.values()))
 
 
-def difference(pruned: Sequence[Outcome], dense: Sequence[Outcome]) -> dict[str, Any]:
+def difference(pruned: Sequence[Outcome], dense: Sequence[Outcome]) -> tuple[float, tuple[float, float]]:
     """Accuracy of `pruned` minus that of `dense` on the same problems and seeds, with its paired 95 % interval."""
     a_P, b_P = _right(pruned).mean(1), _right(dense).mean(1)
-    return {"accuracy": float((a_P - b_P).mean()), "ci95": list(paired_bootstrap(a_P, b_P))}
+    return float((a_P - b_P).mean()), paired_bootstrap(a_P, b_P)
+
+
+def reading(measure: Measure, items: Sequence[Item], seconds: float) -> Reading:
+    """The weighted mean of `items` with its 95 % bootstrap interval; of losses the exponential, which is the perplexity."""
+    values_N = weighted(items)
+    mean, ci95 = float(values_N.mean()), cluster_bootstrap([values_N])
+    value, low, high = (shown(measure.metric, one) for one in (mean, *ci95))
+    return Reading(measure.name, measure.metric, value, (low, high), len(items), seconds)
+
+
+def shown(metric: str, mean: float) -> float:
+    """What a mean of items is shown as: that of losses as a perplexity."""
+    return float(np.exp(mean)) if metric == PERPLEXITY else mean
+
+
+def weighted(items: Sequence[Item]) -> NDArray[np.float64]:
+    """(N,) values in the order of ids, scaled so that their plain mean is the weighted one."""
+    ordered = sorted(items, key=lambda item: item.id)
+    weight_N = np.array([item.weight for item in ordered], dtype=float)
+    scaled_N: NDArray[np.float64] = np.array([item.value for item in ordered]) * weight_N / weight_N.mean()
+    return scaled_N
+
+
+def item_difference(pruned: Sequence[Item], dense: Sequence[Item]) -> tuple[float, tuple[float, float]]:
+    """Mean of `pruned` minus that of `dense` over the same items (of losses: nats a token), with its paired 95 % interval."""
+    a_N, b_N = weighted(pruned), weighted(dense)
+    return float((a_N - b_N).mean()), paired_bootstrap(a_N, b_N)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.grader import Grade, Grader
+from ssgr.progress import Progress
 from ssgr.records import Graded, Problem, Trace
-from ssgr.stages.progress import Progress
 from ssgr.thinking import Thinking
 
 VERSION = 3

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, NothingLeft, Tail, decoder_blocks, embeddings, matrices, names, output_layer
 from ssgr.model.checkpoint import Checkpoint
+from ssgr.progress import Progress
 from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
@@ -26,7 +27,6 @@ from ssgr.stages import activations, allocate, heap, journal, ranks
 from ssgr.stages.activations import Batch, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, plan
-from ssgr.stages.progress import Progress
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.solve import Method, Solver
 from ssgr.stages.statistics import Heard, Statistics

@@ -15,9 +15,10 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
+from ssgr.progress import Progress
 from ssgr.records import Problem, Trace
-from ssgr.sampler import Decoding, Loadable, Request, Sampler
-from ssgr.stages.progress import Progress
+from ssgr.sampler import Decoding, Request, Sampler
 from ssgr.tables import read_traces, write_traces
 
 _log = logging.getLogger("ssgr")

@@ -19,13 +19,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, matrices, names
+from ssgr.progress import Progress
 from ssgr.pruner import Statistic
 from ssgr.records import CalibrationSet
 from ssgr.stages import activations, heap, journal
 from ssgr.stages.activations import Passage, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, inputs, plan
-from ssgr.stages.progress import Progress
 from ssgr.stages.ranks import Ranks, run
 from ssgr.stages.walk import Walk
 

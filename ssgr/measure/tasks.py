@@ -1,0 +1,89 @@
+"""Tasks of lm-evaluation-harness, run by that library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.loadable import Loadable
+from ssgr.records import Item, Trace
+
+
+@dataclass(frozen=True)
+class LmEvalTask:
+    """The task `task` of lm-evaluation-harness by its `metric`, with `fewshot` examples (None: as the task says).
+
+    `folder` holds task files of your own; `chat` puts the questions through the chat template; `limit` takes the first
+    documents only. The library shuffles and draws by its own fixed seeds.
+    """
+
+    name: str
+    task: str
+    metric: str
+    fewshot: int | None = None
+    limit: int | None = None
+    chat: bool = False
+    folder: str | None = None
+    unsafe_code: bool = False
+    batch_size: int = field(default=8, metadata={"key": False})
+    traces: ClassVar[Any] = None
+
+    def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
+        """The metric of each document.
+
+        Raises:
+            ValueError: the library is not installed, knows no such task or metric, or the task's data cannot be loaded.
+        """
+        try:
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+        except ImportError as error:
+            raise ValueError(
+                f"bench={self.name} needs lm-evaluation-harness ({error}): type pip install 'ssgr[lm_eval]'"
+            ) from error
+        manager = TaskManager(include_path=self.folder)
+        if self.task not in manager.all_tasks:
+            near = [name for name in manager.all_tasks if name.startswith(self.task[:4])][:5]
+            raise ValueError(
+                f"bench.task={self.task}: lm-evaluation-harness {lm_eval.__version__} has no such task"
+                + (f"; near are {', '.join(near)}" if near else "; give bench.folder=DIR with your own")
+            )
+        wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, batch_size=self.batch_size)
+        try:
+            found = lm_eval.simple_evaluate(
+                model=wrapped,
+                tasks=[self.task],
+                num_fewshot=self.fewshot,
+                limit=self.limit,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=0,
+                apply_chat_template=self.chat,
+                confirm_run_unsafe_code=self.unsafe_code,
+            )
+        except Exception as error:  # of the library, of datasets, of the hub: all mean that the task cannot be run
+            raise ValueError(
+                f"bench={self.name}: lm-evaluation-harness cannot run the task {self.task} "
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its data comes from the hub: fetch it once "
+                "on a machine with network, or give bench.folder=DIR with a task of local files"
+            ) from error
+        return self._items(found["samples"])
+
+    def _items(self, samples: dict[str, list[dict[str, Any]]]) -> list[Item]:
+        """Of a group's tasks one after the other; each document counts once, whichever filter its metric is of."""
+        items: dict[str, Item] = {}
+        for task, rows in samples.items():
+            for row in rows:
+                if self.metric in row:
+                    name = f"{task}/{row['doc_id']}"
+                    items.setdefault(name, Item(name, float(row[self.metric]), 1))
+        if not items:
+            there = {k for rows in samples.values() for row in rows[:1] for k in row.get("metrics", ())}
+            raise ValueError(
+                f"bench.metric={self.metric}: the task {self.task} has {', '.join(sorted(there)) or 'no documents'}"
+            )
+        return list(items.values())

@@ -1,0 +1,100 @@
+"""Texts: generated prose, a text or JSONL file, or a dataset of the hub, as documents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ssgr import prose
+
+PROSE = "prose"  # the name that means generated prose
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text by its name: `prose`, a file, or a dataset id with its column, subset, split and revision.
+
+    `setting` is what the user typed to name it, for messages.
+    """
+
+    name: str
+    setting: str
+    column: str = "text"
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def key_content(self) -> object:
+        """A file or a folder is keyed by what it holds, a dataset by its name and revision."""
+        path = Path(self.name).expanduser()
+        files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
+        sums = [(f.suffix, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
+        return sums if files and self.name != PROSE else self.name
+
+    def documents(self, seed: int) -> Iterable[str]:
+        """The documents in an order drawn by `seed`, those of a file as they stand; prose never ends.
+
+        Raises:
+            ValueError: there is no such file or dataset, or a row has no such column.
+        """
+        if self.name == PROSE:
+            return _prose(random.Random(f"prose/{seed}"))
+        path = Path(self.name).expanduser()
+        return _file_documents(path, self.column) if path.is_file() else self._dataset(seed)
+
+    def whole(self, most: int) -> str:
+        """One text: a text file as it is, else the documents in their order with blank lines between, `most` of prose.
+
+        Raises:
+            ValueError: there is no such file or dataset, or a row has no such column.
+        """
+        path = Path(self.name).expanduser()
+        if self.name == PROSE:
+            return "\n\n".join(islice(_prose(random.Random("prose/whole")), most))
+        if path.is_file() and path.suffix != ".jsonl":
+            return path.read_text(encoding="utf-8")
+        return "\n\n".join(_file_documents(path, self.column) if path.is_file() else self._dataset(None))
+
+    def _dataset(self, seed: int | None) -> Iterable[str]:
+        import datasets
+
+        try:
+            how: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": True}
+            data = datasets.load_dataset(self.name, self.subset, **how)
+            for row in data if seed is None else data.shuffle(seed=seed, buffer_size=1000):
+                yield str(row[self.column])
+        except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
+            raise ValueError(
+                f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "
+                f"({type(error).__name__}: {str(error).splitlines()[0]}); type {self.setting}=FILE.txt, FILE.jsonl or prose"
+            ) from error
+
+
+def _prose(rng: random.Random) -> Iterable[str]:
+    while True:
+        yield prose.paragraph(rng)
+
+
+def _file_documents(path: Path, column: str) -> Iterable[str]:
+    if path.suffix != ".jsonl":
+        yield from (part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip())
+        return
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line) if line.strip() else {column: ""}
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
+                ) from error
+            if not isinstance(row, dict) or column not in row:
+                there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
+                raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
+            if row[column]:
+                yield str(row[column])

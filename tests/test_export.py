@@ -1,0 +1,89 @@
+"""Results in the log format of lm-evaluation-harness, read by that library's own functions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ssgr import export, tables
+from ssgr.__main__ import main
+from tests.conftest import ROOT, Run
+
+
+def test_a_suite_is_exported_as_the_library_writes_it(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    utils = pytest.importorskip("lm_eval.utils")
+    done = run("bench=suite/smoke", "calib=prompts", "pruner=wanda", "budget.tokens=400", "device=cpu", small=False)
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "logs"
+    assert main(["export", str(tmp_path / "run"), "--format", "lm_eval", "--out", str(out)]) == 0
+    assert "2 models written" in capsys.readouterr().out
+    scores = json.loads((tmp_path / "run" / "result.json").read_text())["scores"]
+    for which, pattern in (("dense", "tiny"), ("pruned", "tiny-wanda-50-prompts-any-any-both-0-*")):
+        (folder,) = out.glob(pattern)
+        names = [str(file) for file in folder.iterdir()]
+        (results,) = utils.get_results_filenames(names)
+        samples = {utils.get_file_task_name(Path(n).name): n for n in utils.get_sample_results_filenames(names)}
+        assert set(samples) == set(scores)
+        stamp = {utils.get_file_datetime(name) for name in samples.values()}
+        assert len(stamp) == 1 and Path(results).name == f"results_{stamp.pop()}.json"
+        found = json.loads(Path(results).read_text())
+        shown = utils.make_table(found)
+        assert (
+            f"|{scores['smoke'][which]['accuracy']:.4g}" in shown and "exact_match" in shown and "perplexity" in shown
+        )
+        rows = [json.loads(line) for line in Path(samples["smoke"]).read_text().split("\n") if line]
+        assert len(rows) == 16 == found["n-samples"]["smoke"]["effective"]
+        right = [row["exact_match"] for row in rows]
+        assert sum(right) / 16 == pytest.approx(scores["smoke"][which]["accuracy"])
+        for row in rows:
+            assert row["doc"]["question"] in row["arguments"]["gen_args_0"]["arg_0"]
+            assert len(row["resps"][0]) == len(row["filtered_resps"]) == 1
+            assert "</think>" in row["resps"][0][0] or not row["exact_match"]
+            assert (row["filtered_resps"][0] == row["target"]) == bool(row["exact_match"])
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library and of what it imports
+def test_a_row_has_the_fields_of_the_library(sums: Path) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    from tests.conftest import TINY
+
+    model = HFLM(pretrained=TINY.load(), tokenizer=TINY.tokenizer(), batch_size=4)
+    want = lm_eval.simple_evaluate(
+        model, tasks=["sums"], task_manager=TaskManager(include_path=str(sums)), log_samples=True, bootstrap_iters=0
+    )
+    (theirs, *_) = want["samples"]["sums"]
+    ours = export.row(0, {"id": "a"}, "4", "2+2=", ["4"], ["4"], "acc", 1.0)
+    assert set(ours) == set(theirs)
+    kinds = {
+        name: type(value)
+        for name, value in theirs.items()
+        if name not in ("target", "acc", "arguments", "filtered_resps")
+    }
+    assert {name: type(ours[name]) for name in kinds} == kinds
+
+
+def test_a_store_that_is_gone_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("bench=smoke", "calib=prompts", "pruner=magnitude", "device=cpu", small=False).returncode == 0
+    for link in (tmp_path / "run" / "texts").iterdir():
+        assert len(tables.read_texts(link)) == 16
+        link.unlink()
+    assert main(["export", str(tmp_path / "run"), "--format", "lm_eval", "--out", str(tmp_path / "logs")]) == 1
+    assert "smoke_dense.parquet is not there" in capsys.readouterr().err
+
+
+def test_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0 and "ssgr export" in capsys.readouterr().out
+    assert main(["exprot"]) == 2 and "no command 'exprot'" in capsys.readouterr().err
+    done = subprocess.run(
+        [sys.executable, "-m", "ssgr", "report", "nowhere"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert done.returncode == 1 and "no result.json" in done.stderr

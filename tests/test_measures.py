@@ -1,0 +1,149 @@
+"""Measures: perplexity against a plain loop, tasks against lm-evaluation-harness by itself, suites and their report."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ssgr.measure import Measure
+from ssgr.measure.perplexity import Perplexity
+from ssgr.measure.tasks import LmEvalTask
+from ssgr.records import Item, Trace
+from ssgr.report import table
+from ssgr.sampler import Decoding
+from ssgr.sampler.hf import HfSampler
+from ssgr.stages.evaluate import Bench, Suite, item_difference, members, reading
+from tests.conftest import TINY, Loaded, Run, random_model
+
+TEXT = (
+    "The baker walked to the harbour. Later that day, the rain came and went, although the old mill was silent. " * 40
+)
+
+
+def plain_loss(model: Any, ids: list[int], first: int) -> float:
+    """The mean loss by its definition, in float64."""
+    with torch.inference_mode():
+        p_TV = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return -sum(float(p_TV[i - 1, ids[i]]) for i in range(first, len(ids))) / (len(ids) - first)
+
+
+def test_perplexity_of_a_text_is_that_of_a_plain_loop(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "text.txt"
+    file.write_text(TEXT)
+    measure = Perplexity("own", str(file), window=300, windows=3)
+    items = measure.measure(TINY, tokenizer, ())
+    ids = tokenizer(TEXT)["input_ids"]
+    want = [plain_loss(TINY.load(), ids[i * 300 : (i + 1) * 300], 1) for i in range(3)]
+    assert [i.value for i in items] == pytest.approx(want, rel=1e-5) and [i.weight for i in items] == [299] * 3
+    found = reading(measure, items, 1.0)
+    assert found.value == pytest.approx(math.exp(np.mean(want)), rel=1e-5)
+    assert found.ci95[0] <= found.value <= found.ci95[1] and found.items == 3
+
+
+def test_perplexity_of_traces_counts_responses_alone(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = random_model(vocabulary=512)
+    traces = [
+        Trace("a", 0, (5, 6, 7), (8, 9), "stop", 0, True),
+        Trace("b", 1, (5,), tuple(range(20, 60)), "stop", 0, True),
+    ]
+    measure = Perplexity("traces", traces=object())
+    items = measure.measure(Loaded(model), tokenizer, traces)
+    want = [plain_loss(model, [5, 6, 7, 8, 9], 3), plain_loss(model, [5, *range(20, 60)], 1)]
+    assert [(i.id, i.weight) for i in items] == [("a#0", 2), ("b#1", 40)]
+    assert [i.value for i in items] == pytest.approx(want, rel=1e-5)
+    assert reading(measure, items, 1.0).value == pytest.approx(math.exp((2 * want[0] + 40 * want[1]) / 42), rel=1e-5)
+
+
+def test_a_paired_difference_of_losses_is_weighted_and_in_nats() -> None:
+    dense = [Item(str(i), 1.0 + i / 100, 10 + i) for i in range(50)]
+    pruned = [Item(i.id, i.value + 0.2, i.weight) for i in reversed(dense)]
+    gap, (low, high) = item_difference(pruned, dense)
+    assert gap == pytest.approx(0.2) and 0.17 < low < gap < high < 0.23
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [({}, "give one of them"), ({"text": "prose", "traces": 1}, "give one of them"),
+     ({"text": "prose", "window": 1}, "at least 2"), ({"text": "prose", "windows": 0}, "at least 1")],
+)  # fmt: skip
+def test_bad_perplexities_are_refused(how: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Perplexity("x", **how)
+
+
+def test_texts_that_do_not_serve_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(ValueError, match=r"less than a window; type bench.window=\d+ or less"):
+        Perplexity("x", str(tmp_path / "short.txt")).measure(TINY, tokenizer, ())
+    with pytest.raises(ValueError, match=r"more than the model's context of 128; type bench.window=128"):
+        Perplexity("x", "prose", window=129, windows=1).measure(Loaded(random_model(vocabulary=512)), tokenizer, ())
+    with pytest.raises(ValueError, match="no traces"):
+        Perplexity("x", traces=object()).measure(TINY, tokenizer, ())
+    with pytest.raises(ValueError, match=r"bench.text=no/such is neither a file nor a dataset"):
+        Perplexity("x", "no/such").measure(TINY, tokenizer, ())
+
+
+@pytest.mark.filterwarnings("ignore")  # of the library and of what it imports
+def test_a_task_is_what_the_library_says(sums: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    measure = LmEvalTask("sums", "sums", "acc", folder=str(sums), batch_size=4)
+    items = measure.measure(TINY, tokenizer, ())
+    model = HFLM(pretrained=TINY.load(), tokenizer=tokenizer, batch_size=1)
+    want = lm_eval.simple_evaluate(
+        model, tasks=["sums"], task_manager=TaskManager(include_path=str(sums)), bootstrap_iters=0
+    )
+    assert len(items) == 24
+    found = reading(measure, items, 1.0)
+    assert found.value == pytest.approx(want["results"]["sums"]["acc,none"]) and found.metric == "acc"
+    with pytest.raises(ValueError, match=r"bench.metric=f1: the task sums has acc"):
+        LmEvalTask("sums", "sums", "f1", folder=str(sums)).measure(TINY, tokenizer, ())
+    with pytest.raises(ValueError, match=r"bench.task=sumss: .* has no such task; near are .*sums"):
+        LmEvalTask("sums", "sumss", "acc", folder=str(sums)).measure(TINY, tokenizer, ())
+    (sums.parent / "rows.jsonl").unlink()
+    with pytest.raises(ValueError, match="cannot run the task sums"):
+        LmEvalTask("sums", "sums", "acc", folder=str(sums)).measure(TINY, tokenizer, ())
+
+
+def test_a_suite_shares_its_decoding() -> None:
+    bench = Bench("one", Decoding(2, 0.6, 0.95, 9, 0), HfSampler(4))
+    other: Measure = Perplexity("two", "prose")
+    made = members(Suite("both", {"a": bench, "b": other}, {"seed": 7}))
+    assert isinstance(made[0], Bench) and made[0].decoding == Decoding(2, 0.6, 0.95, 9, 7) and made[1] is other
+    assert members(bench) == [bench]
+    with pytest.raises(ValueError, match="two of its benchmarks are called one"):
+        members(Suite("both", {"a": bench, "b": bench}))
+    with pytest.raises(ValueError, match="letters, digits"):
+        members(Perplexity("a/b", "prose"))
+    with pytest.raises(ValueError, match="at least one"):
+        Suite("none", {})
+
+
+def test_a_suite_from_the_command_line_to_the_report(run: Run, tmp_path: Path) -> None:
+    command = ("bench=suite/smoke", "calib=prompts", "pruner=wanda", "budget.tokens=400", "device=cpu")
+    done = run(*command, small=False)
+    assert done.returncode == 0, done.stderr
+    assert "+0." in done.stdout and " nats" in done.stdout and "accuracy" in done.stdout
+    scores = json.loads((tmp_path / "run" / "result.json").read_text())["scores"]
+    assert set(scores) == {"smoke", "perplexity", "perplexity_traces"}
+    for name in ("perplexity", "perplexity_traces"):
+        assert 1 < scores[name]["dense"]["value"] < scores[name]["pruned"]["value"]
+        assert 0 < scores[name]["ci95"][0] < scores[name]["difference"] < scores[name]["ci95"][1]
+    keys = json.loads((tmp_path / "run" / "result.json").read_text())["keys"]
+    assert keys["sample_dense.smoke"] == keys["sample_dense.held_out"], "the traces of the dense model are sampled once"
+    cells = table.find([tmp_path / "run"])
+    assert {cell.fields["bench"]: cell.metric for cell in cells} == {
+        "smoke": "accuracy", "perplexity": "perplexity", "perplexity_traces": "perplexity",
+    }  # fmt: skip
+    by = {row["bench"]: row for row in table.means(cells, ["bench"])}
+    value = scores["perplexity"]["pruned"]["value"]
+    assert by["perplexity"]["perplexity"].startswith(f"{value:.3f}") and by["smoke"]["perplexity"] == ""
