@@ -1,16 +1,21 @@
-"""Useful tokens a second of the hf engine and of its peers: python benchmarks/sample.py [--json FILE].
+"""Useful tokens a second of the hf engine and of its peers: python benchmarks/sample.py [--json FILE] [--peers generate,vllm].
 
 A useful token is one of a response up to its own end; the prompts' forward passes are within the time. Every row has a
-length of its own, at which it ends whatever it says: 256 tokens in the equal case, log-normal with median 115 and at most
-512 in the mixed one. A batch of `generate` runs until its longest row ends; ours gives the place to the next prompt.
+length of its own, at which it ends whatever it says: 256 tokens in the equal case, log-normal with median 115 and at
+most 512 in the mixed one. A batch of `generate` runs until its longest row ends; ours gives the place to the next
+prompt. `generate` samples the first batch of the rows alone, vLLM all of them, in an environment of its own (--vllm).
+Memory is the peak of the process above what it held before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,24 +78,55 @@ def generate(model: PreTrainedModel, asked: Sequence[list[int]], tokens: Sequenc
         assert out.shape[1] == width + most
 
 
-def rate(engine: Callable[..., None], model: PreTrainedModel, asked: Any, tokens: Sequence[int], batch: int) -> float:
-    """Useful tokens a second."""
-    start = time.perf_counter()
+def vllm(args: Any, folder: Path, asked: Sequence[list[int]], tokens: Sequence[int], batch: int) -> float:
+    """Seconds of vLLM, its start left out."""
+    with tempfile.TemporaryDirectory() as work:
+        job, out = Path(work, "job.json"), Path(work, "out.json")
+        context = max(len(ids) + n for ids, n in zip(asked, tokens, strict=True))
+        how = {"temperature": TEMPERATURE, "top_p": TOP_P, "batch": batch, "context": context, "dtype": args.dtype}
+        job.write_text(json.dumps({"model": str(folder), "asked": list(asked), "tokens": list(tokens), **how}))
+        threads = {"VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_CPU_OMP_THREADS_BIND": f"0-{args.threads - 1}"}
+        command = [str(args.vllm), str(ROOT / "benchmarks" / "engines" / "vllm_sample.py"), str(job), str(out)]
+        done = subprocess.run(command, env={**os.environ, **threads}, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"sample: vLLM failed:\n{done.stderr[-2000:]}")
+        told = json.loads(out.read_text())
+        print(f"  vllm started in {told['start']:.0f} s", flush=True)
+        return float(told["seconds"])
+
+
+def memory() -> float:
+    """Peak memory of this process in MiB since it was last asked."""
+    peak = int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    return peak
+
+
+def timed(engine: Callable[..., None], model: PreTrainedModel, asked: Any, tokens: Sequence[int], batch: int) -> Any:
+    """Useful tokens a second, and the peak of memory above what was held before."""
+    memory()
+    held, start = memory(), time.perf_counter()
     engine(model, asked, tokens, batch)
-    return sum(tokens) / (time.perf_counter() - start)
+    return sum(tokens) / (time.perf_counter() - start), memory() - held
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, default=ROOT / "build" / "prune" / "smollm2-float32")
+    parser.add_argument("--model", type=Path, default=ROOT / "build" / "prune" / "smollm2-bfloat16")
     parser.add_argument("--tiny", action="store_true", help="the model that ships with the project")
     parser.add_argument("--cases", type=lambda s: s.split(","), default=["equal", "mixed"])
     parser.add_argument("--rows", type=int, default=64, help="of the equal case; the mixed one has twice as many")
     parser.add_argument(
         "--batches", type=lambda s: [int(n) for n in s.split(",")], default=[64], help="such as 1,16,64"
     )
-    parser.add_argument("--peers", type=lambda s: [n for n in s.split(",") if n], default=["generate"])
+    parser.add_argument(
+        "--peers", type=lambda s: [n for n in s.split(",") if n], default=["generate"], help="generate, vllm"
+    )
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
+    parser.add_argument(
+        "--vllm", type=Path, default=ROOT / "build" / "vllm" / "bin" / "python", help="Python with vLLM"
+    )
     parser.add_argument("--threads", type=int, default=2, help="threads of torch")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data")
     parser.add_argument("--json", type=Path, help="file for the results")
@@ -98,18 +134,23 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     folder = TINY if args.tiny else args.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    ratios, rates = [], []
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, args.dtype)).eval()
+    ratios: list[dict[str, Any]] = []
+    rates: list[dict[str, Any]] = []
     for case in args.cases:
         count = args.rows * (1 if case == "equal" else 2)
         asked, tokens = prompts(tokenizer, args.data, count), lengths(case, count)
         for batch in args.batches:
-            mine = rate(ours, model, asked, tokens, batch)
-            rates.append({"engine": "ssgr", "case": case, "batch": batch, "rate": mine})
-            print(f"{case}, batch {batch}: ssgr {mine:.0f} tokens/s", flush=True)
+            at = {"case": case, "batch": batch}
+            mine, mib = timed(ours, model, asked, tokens, batch)
+            rates.append({"engine": "ssgr", **at, "rate": mine, "mib": mib})
+            print(f"{case}, batch {batch}: ssgr {mine:.0f} tokens/s, {mib:.0f} MiB", flush=True)
             for peer in args.peers:
-                other = rate({"generate": generate}[peer], model, asked[:batch], tokens[:batch], batch)
-                rates.append({"engine": peer, "case": case, "batch": batch, "rate": other})
+                if peer == "vllm":
+                    other, mib = sum(tokens) / vllm(args, folder, asked, tokens, batch), None
+                else:
+                    other, mib = timed(generate, model, asked[:batch], tokens[:batch], batch)
+                rates.append({"engine": peer, **at, "rate": other, "mib": mib})
                 ratios.append({"peer": peer, "case": f"{case}, batch {batch}", "ratio": mine / other})
                 print(f"{case}, batch {batch}: {peer} {other:.0f} tokens/s, ratio {mine / other:.2f}", flush=True)
     if args.json:

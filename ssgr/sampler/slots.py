@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -217,6 +218,11 @@ def _attend(
     rows, heads, _, size = query.shape
     query_NKGD = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
     out = []
+    if query.dtype is not torch.float32:  # torch's kernel reads 16-bit keys where they lie, matmul copies them first
+        for first, last, tokens, over in slots.shelves:
+            parts = query_NKGD[first:last], key[first:last, :, :tokens], value[first:last, :, :tokens]
+            out.append(scaled_dot_product_attention(*parts, attn_mask=None if over is None else ~over, scale=1.0))
+        return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
     for first, last, tokens, over in slots.shelves:
         score_NKGT = query_NKGD[first:last] @ key[first:last, :, :tokens].transpose(-1, -2)
         if over is not None:
