@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: run test test-slow lint clean
+.PHONY: run test test-slow test-vllm lint clean
 
 # The main job: general text against the model's own hard, medium-long traces, on the model that ships.
 run: .venv/installed
@@ -14,6 +14,13 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+
+# vLLM cannot share an environment with the newest transformers, so its engine is tested in one of its own.
+test-vllm: build/vllm/installed
+	VLLM_CPU_KVCACHE_SPACE=1 build/vllm/bin/python -m pytest -p no:cacheprovider tests/test_engines.py -k vllm
+
+build/vllm/installed: benchmarks/vllm.sh constraints.txt
+	bash benchmarks/vllm.sh
 
 lint: .venv/installed
 	$(BIN)/ruff check .

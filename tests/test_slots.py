@@ -71,6 +71,25 @@ def test_greedy_decoding_is_that_of_generate_one_row_at_a_time(kind: str) -> Non
         assert trace.finish == ("stop" if trace.generated_ids[-1] == 2 else "length")
 
 
+@pytest.mark.parametrize("kind", ["qwen2", "phi3"])
+def test_sixteen_bits_say_what_the_same_weights_say_in_64(kind: str) -> None:
+    model, rows = made(kind).to(torch.bfloat16), ragged(40)
+    got = [t for some in slots.decode(model, rows, Decoding(1, 0, 1, 60, 0), frozenset({2}), 19) for t in some]
+    exact = made(kind)
+    exact.load_state_dict(model.state_dict())
+    exact.double()
+    away, tokens = 0, 0
+    for trace in got:
+        ids, first = [*trace.prompt_ids, *trace.generated_ids], len(trace.prompt_ids)
+        with torch.inference_mode():
+            logits_TV = exact(torch.tensor([ids])).logits[0, first - 1 : -1]
+        drawn_T = logits_TV.gather(1, torch.tensor(trace.generated_ids)[:, None])[:, 0]
+        spread_T = logits_TV.amax(1) - logits_TV.amin(1)
+        away += int(((logits_TV.amax(1) - drawn_T) > 0.03 * spread_T).sum())
+        tokens += len(trace.generated_ids)
+    assert tokens > 500 and away <= 0.01 * tokens, f"{away} of {tokens} tokens are not the likeliest but for rounding"
+
+
 @pytest.mark.parametrize("size", [1, 2, 7, 16, 64])
 def test_traces_are_those_of_single_rows_whatever_the_slots(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
