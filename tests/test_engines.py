@@ -113,7 +113,9 @@ class Batches(HfSampler):
             )
 
 
-NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm")
+NO_VLLM = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm"
+)
 
 
 @pytest.fixture(params=["slots", "batches", "server", "replay", pytest.param("vllm", marks=NO_VLLM)])

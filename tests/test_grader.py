@@ -217,7 +217,7 @@ def test_math_agrees_with_collected_cases() -> None:
         ("3e8", "$3 \\times 10^8$", RIGHT), ("1e-5", "\\boxed{0.00001}", RIGHT), ("1e-5", "\\boxed{1e-5}", RIGHT),
         ("2.88e-19", "\\boxed{2.89 \\times 10^{-19}}", WRONG), ("0.00000001", "$0.00000002$", WRONG), ("0", "$10^{-9}$", WRONG),
         ("0.0001", "$\\frac{1}{10000}$", RIGHT), ("e", "$e$", RIGHT), ("2e", "$2e$", RIGHT), ("7", "$7.0$", RIGHT),
-        ("10^{400}", "$10^{400}$", RIGHT), ("10^{400}", "$10^{401}$", WRONG),
+        ("7", f"${'-' * 300}7$", RIGHT), ("10^{400}", "$10^{400}$", RIGHT), ("10^{400}", "$10^{401}$", WRONG),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
     ],
 )  # fmt: skip
