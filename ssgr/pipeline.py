@@ -417,8 +417,8 @@ class _Flow:
         traces: Artefact | None = None
         if (bench := measure.traces) is not None:
             on = bench.problems or self.x.problems
-            name_ = f"sample_dense.{bench.name}"
-            traces, _ = self.sampled(name_, on, "test", bench.engine, bench.decoding, None)
+            at = f"sample_dense.{measure.name}"
+            traces, _ = self.sampled(at, on, "test", bench.engine, bench.decoding, None)
             inputs["sample"] = traces.key
 
         def make(work: Path) -> None:
