@@ -19,6 +19,7 @@ from ssgr.store import Store
 
 gguf_py = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
+pytest.importorskip("transformers", "5.18", reason="the extra gguf needs transformers 5.18")
 
 CONFIG = "tokenizer_config.json"
 SIZES: dict[str, Any] = {
