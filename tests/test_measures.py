@@ -139,7 +139,9 @@ def test_a_suite_from_the_command_line_to_the_report(run: Run, tmp_path: Path) -
         assert 1 < scores[name]["dense"]["value"] < scores[name]["pruned"]["value"]
         assert 0 < scores[name]["ci95"][0] < scores[name]["difference"] < scores[name]["ci95"][1]
     keys = json.loads((tmp_path / "run" / "result.json").read_text())["keys"]
-    assert keys["sample_dense.smoke"] == keys["sample_dense.perplexity_traces"], "the traces of the dense model are sampled once"
+    assert keys["sample_dense.smoke"] == keys["sample_dense.perplexity_traces"], (
+        "the traces of the dense model are sampled once"
+    )
     cells = table.find([tmp_path / "run"])
     assert {cell.fields["bench"]: cell.metric for cell in cells} == {
         "smoke": "accuracy", "perplexity": "perplexity", "perplexity_traces": "perplexity",
