@@ -21,7 +21,7 @@ import numpy as np
 from ssgr import tables
 from ssgr.records import Verdict
 from ssgr.report import table
-from ssgr.stages.evaluate import PERPLEXITY
+from ssgr.stages.evaluate import PERPLEXITY, shown
 
 _ACCURACY = "exact_match"  # lm-evaluation-harness's name for the share of right answers
 
@@ -56,14 +56,13 @@ def _export_model(path: Path, cells: Sequence[table.Cell], which: str, out: Path
         for cell in cells:
             bench = cell.fields["bench"]
             rows = _samples(cell, which)
-            values = [one[_metric(cell)] for one in rows]
-            error = float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else "N/A"
-            score = cell.score[which]
-            metric, value = _metric(cell), score.get("accuracy", score.get("value"))
+            score, metric = cell.score[which], _metric(cell)
+            value = score.get("accuracy", score.get("value"))
+            error = _standard_error(cell, which, value)
             result["results"][bench] = {"alias": bench, f"{metric},none": value, f"{metric}_stderr,none": error}
             result["configs"][bench] = _config(cell)
             result["versions"][bench] = 1
-            result["n-shot"][bench] = 0
+            result["n-shot"][bench] = result["configs"][bench]["num_fewshot"]
             result["higher_is_better"][bench] = {metric: metric != PERPLEXITY}
             result["n-samples"][bench] = {"original": len(rows), "effective": len(rows)}
             result["task_hashes"][bench] = _hash(
@@ -89,12 +88,23 @@ def _export_model(path: Path, cells: Sequence[table.Cell], which: str, out: Path
     return file
 
 
+def _standard_error(cell: table.Cell, which: str, value: float) -> float | str:
+    """That of the mean over problems or items; of a perplexity, to first order, that of the mean loss times it."""
+    values = table.values(cell, which)
+    if len(values) < 2:
+        return "N/A"
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) * (value if cell.metric == PERPLEXITY else 1)
+
+
 def _samples(cell: table.Cell, which: str) -> list[dict[str, Any]]:
     """A row a problem, window or document, in the order of ids."""
     metric, bench = _metric(cell), cell.fields["bench"]
     if "attempts" not in cell.score[which]:
         items = sorted(tables.read_items(cell.outcomes(which)), key=lambda item: item.id)
-        return [row(i, {"id": item.id}, "", "", [], [], metric, item.value) for i, item in enumerate(items)]
+        return [
+            row(i, {"id": item.id}, "", "", [], [], metric, shown(cell.metric, item.value))
+            for i, item in enumerate(items)
+        ]
     file = tables.outcomes_file(cell.path.parent, bench, which, "texts")
     if not file.exists():
         raise ValueError(
@@ -150,7 +160,7 @@ def _metric(cell: table.Cell) -> str:
 def _config(cell: table.Cell) -> dict[str, Any]:
     bench, group = cell.fields["bench"], cell.result["config"]["bench"]
     own = next((b for b in group.get("benches", {}).values() if b["name"] == bench), group)
-    decoding = {**own.get("decoding", {}), **(group.get("decoding", {}) if own is not group else {})}
+    decoding = {**own["decoding"], **group.get("decoding", {})} if "decoding" in own else {}
     generation = {
         "do_sample": decoding.get("temperature", 0) > 0,
         "temperature": decoding.get("temperature"),
@@ -160,9 +170,9 @@ def _config(cell: table.Cell) -> dict[str, Any]:
     }
     return {
         "task": bench,
-        "output_type": "generate_until" if decoding else "loglikelihood_rolling",
+        "output_type": "generate_until" if decoding else "loglikelihood",
         "repeats": decoding.get("attempts", 1),
-        "num_fewshot": 0,
+        "num_fewshot": own.get("fewshot") or 0,
         "generation_kwargs": generation if decoding else None,
         "metadata": {"ssgr": own},
     }

@@ -37,6 +37,13 @@ def test_a_suite_is_exported_as_the_library_writes_it(
         assert (
             f"|{scores['smoke'][which]['accuracy']:.4g}" in shown and "exact_match" in shown and "perplexity" in shown
         )
+        assert {name: c["output_type"] for name, c in found["configs"].items()} == {
+            "smoke": "generate_until", "perplexity": "loglikelihood", "perplexity_traces": "loglikelihood",
+        }  # fmt: skip
+        windows = [
+            json.loads(line)["perplexity"] for line in Path(samples["perplexity"]).read_text().split("\n") if line
+        ]
+        assert min(windows) < scores["perplexity"][which]["value"] < max(windows) and len(windows) == 16
         rows = [json.loads(line) for line in Path(samples["smoke"]).read_text().split("\n") if line]
         assert len(rows) == 16 == found["n-samples"]["smoke"]["effective"]
         right = [row["exact_match"] for row in rows]

@@ -234,12 +234,12 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
     for names, group in groups.items():
         _check_problems(group)
         metric = group[0].metric
-        pruned = [_values(cell, "pruned") for cell in group]
-        gaps = [p - _values(cell, "dense") for p, cell in zip(pruned, group, strict=True)]
+        pruned = [values(cell, "pruned") for cell in group]
+        gaps = [p - values(cell, "dense") for p, cell in zip(pruned, group, strict=True)]
         scores = [cell.score["pruned"] for cell in group]
         mean, ci95 = float(np.mean(pruned)), cluster_bootstrap(pruned)
         value, low, high = (shown(metric, one) for one in (mean, *ci95))
-        each = [shown(metric, float(values.mean())) for values in pruned]
+        each = [shown(metric, float(own.mean())) for own in pruned]
         beside = {f"minus {against}": _minus_control(group, pruned, control, against)} if against else {}
         out.append(
             {
@@ -288,7 +288,7 @@ def _control(cells: Sequence[Cell], against: str) -> dict[tuple[str, ...], NDArr
     if not chosen:
         there = sorted({cell.fields[field] for cell in cells})
         raise ValueError(f"--against {against}: no such cell; {field} here is {', '.join(there)}")
-    return {_twin(cell, against): _values(cell, "pruned") for cell in chosen}
+    return {_twin(cell, against): values(cell, "pruned") for cell in chosen}
 
 
 def _minus_control(
@@ -309,7 +309,7 @@ def _mean(gaps_DP: Sequence[NDArray[np.float64]]) -> str:
     return _interval(float(np.mean(gaps_DP)), cluster_bootstrap(gaps_DP), signed=True)
 
 
-def _values(cell: Cell, which: str) -> NDArray[np.float64]:
+def values(cell: Cell, which: str) -> NDArray[np.float64]:
     """Share of right attempts by problem, or the values of items, in the order of ids; their plain mean is the score's."""
     return np.array(list(_by_id(cell.outcomes(which)).values()))
 

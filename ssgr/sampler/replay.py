@@ -121,7 +121,8 @@ class ReplaySampler:
         odd = 0
         for row in rows:
             if kind is _SGLANG:
-                prompt, ids = (tuple(row["input_ids"][part]) for part in _parts(row["num_prompt_tokens"]))
+                whole, asked = tuple(row["input_ids"]), row["num_prompt_tokens"]
+                prompt, ids = whole[:asked], whole[asked:]
             else:
                 prompt, ids = tokenize(row["prompt"]), tokenize(row["completion"])
                 odd += len(ids) not in (row["completion_tokens"], row["completion_tokens"] - 1)
@@ -147,10 +148,6 @@ class ReplaySampler:
             return Trace(r.problem_id, r.attempt, r.prompt_ids, ids, "stop" if stopped else "length", 0, self.on_policy)
 
         return find
-
-
-def _parts(prompt_tokens: int) -> tuple[slice, slice]:
-    return slice(prompt_tokens), slice(prompt_tokens, None)
 
 
 def _file(name: str) -> Path:
