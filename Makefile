@@ -3,17 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: run test test-slow test-vllm lint clean
+.PHONY: run test test-slow test-slurm test-vllm lint clean
 
 # The main job: general text against the model's own hard, medium-long traces, on the model that ships.
 run: .venv/installed
 	$(BIN)/python run.py -m calib=corpus,ssgr pruner=sparsegpt
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm"
 
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slurm"
+
+# On the SLURM cluster whose sbatch is on the path; without one they skip.
+test-slurm: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slurm tests/test_slurm.py
 
 # vLLM cannot share an environment with the newest transformers, so its engine is tested in one of its own.
 test-vllm: build/vllm/installed

@@ -9,71 +9,22 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from launchers import outcome
+from launchers.experiment import build
 from ssgr import pipeline
-from ssgr.records import RunResult, Score
-from ssgr.report import table
-from ssgr.select import Policy
-from ssgr.stages.prune import Passing
+from ssgr.records import RunResult
 from ssgr.store import Store
 
 CONF = Path(__file__).parent / "conf"
+sys.path.append(str(CONF.parent / "launchers"))  # where Hydra finds hydra_plugins
 _log = logging.getLogger("ssgr")
-_done: list[table.Cell] = []
-_failed: list[str] = []
-_stages = [0, 0]  # read from the store, made
-
-
-def build(cfg: DictConfig) -> pipeline.Experiment:
-    """The experiment that `cfg` describes.
-
-    Raises:
-        ValueError: a setting has no valid value; the message names it.
-    """
-
-    def make(node: str) -> Any:
-        try:
-            return hydra.utils.instantiate(OmegaConf.select(cfg, node), _convert_="all")
-        except InstantiationException as error:
-            cause = error.__cause__
-            if isinstance(cause, TypeError):  # a key that the chosen class does not take
-                raise ValueError(f"{node}: {cause}; leave it out, or see conf/{node.split('.')[0]}") from error
-            raise ValueError(str(cause or error)) from error
-        except OmegaConfBaseException as error:
-            raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
-
-    return pipeline.Experiment(
-        model=make("model"),
-        problems=make("problems"),
-        sampler=make("sampler.engine"),
-        decoding=make("sampler.decoding"),
-        grader=make("grader"),
-        calib=make("calib"),
-        policy=Policy(
-            make("difficulty"), make("length"), cfg.select.balance, make("bins") if "_target_" in cfg.bins else None
-        ),
-        scope=make("scope"),
-        budget=make("budget"),
-        pruner=make("pruner"),
-        sparsity=make("sparsity"),
-        allocation=make("allocation"),
-        bench=make("bench"),
-        memory=make("memory"),
-        passing=Passing(cfg.propagate, cfg.order),
-        statistic=cfg.collect.statistic,
-        export=make("export"),
-        decontaminate=make("decontaminate"),
-        shard=cfg.shard,
-    )
 
 
 def run_cell(cfg: DictConfig) -> RunResult | None:
@@ -89,9 +40,7 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     pipeline.write(result, store, folder)
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
-    _stages[0] += hits
-    _stages[1] += misses
-    _done.extend(table.read(folder / "result.json"))
+    outcome.add(folder, hits, misses)
     return result
 
 
@@ -107,16 +56,15 @@ def main(cfg: DictConfig) -> float | None:
         result = run_cell(cfg)
         if result is None:
             return None
-        found = next(iter(result.scores.values())).pruned
-        return found.accuracy if isinstance(found, Score) else found.value
+        return outcome.value(result)
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        _failed.append(f"{label()}: {error}")
+        outcome.FAILED.append(f"{label()}: {error}")
         _log.error("%s", error)
         return None
     except Exception as error:  # a bug of ours: say so in full, and let the other cells go on
-        _failed.append(f"{label()}: {type(error).__name__}: {error}")
+        outcome.FAILED.append(f"{label()}: {type(error).__name__}: {error}")
         _log.exception("this should not happen; please report it")
         return None
 
@@ -160,19 +108,6 @@ def check_folders(overrides: list[str]) -> None:
             ) from error
 
 
-def _finish() -> None:
-    runs = len({cell.path for cell in _done})
-    if cells := table.told_apart(_done):
-        table.show(table.rows(cells))
-        if len({cell.fields["draw"] for cell in cells}) > 1:
-            control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
-            table.show(table.means(cells, against=control), "means over draws")
-    if runs > 1:
-        print(f"{runs} cells: {_stages[0]} stages read from the store, {_stages[1]} made")
-    if _failed and (_done or len(_failed) > 1):
-        print(f"{len(_failed)} of {len(_failed) + runs} cells failed:", *_failed, sep="\n  ", file=sys.stderr)
-
-
 if __name__ == "__main__":
     import transformers
 
@@ -186,9 +121,9 @@ if __name__ == "__main__":
     try:
         main()
     except SystemExit as stop:  # Hydra could not compose the config, and said so
-        if stop.code == 1 and not _done and not _failed:
+        if stop.code == 1 and not outcome.DONE and not outcome.FAILED:
             print(hint(sys.argv[1:]), file=sys.stderr)
         raise
     finally:
-        _finish()
-    sys.exit(1 if _failed else 0)
+        outcome.finish()
+    sys.exit(1 if outcome.FAILED else 0)

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "report": ("ssgr.report.__main__", "tables of runs and sweeps"),
+    "status": ("ssgr.status", "how far a sweep is"),
+    "store": ("ssgr.store.__main__", "what the store holds, what of it is damaged, what nothing refers to"),
     "export": ("ssgr.export", "results in another tool's format"),
     "grade": ("ssgr.grade", "verdicts on a file of answers"),
 }

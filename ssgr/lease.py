@@ -15,12 +15,15 @@ import secrets
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 import psutil
+
+from ssgr import progress
 
 log = logging.getLogger("ssgr")
 
@@ -31,6 +34,7 @@ class Lease:
     def __init__(self, folder: Path, heartbeat_seconds: float) -> None:
         self.folder = folder
         self.path = folder.with_name(f"{folder.name}.lease")
+        self.told = folder.with_name(f"{folder.name}.progress")
         self.token = secrets.token_hex(8)
         self._seconds = heartbeat_seconds
         self._stop = threading.Event()
@@ -108,6 +112,12 @@ class Lease:
                     log.warning("%s: lost to another process; its result will be used", self.path)
                     return
                 os.utime(self.path)
+                self._tell()
+
+    def _tell(self) -> None:
+        """Let others read how far the holder is, beside the lease."""
+        if (latest := progress.latest) is not None:
+            self.told.write_text(json.dumps(latest))
 
     def __enter__(self) -> Self:
         return self
@@ -115,6 +125,8 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._heart.join()
+        with contextlib.suppress(OSError):
+            self.told.unlink(missing_ok=True)
         try:
             with self._lock():
                 if self.ours():
@@ -136,6 +148,14 @@ class Lease:
             finally:  # by hand, as a child forked at this moment shares the open file
                 with contextlib.suppress(OSError):
                     fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def beating(path: Path, stale_seconds: float) -> bool:
+    """Whether the lease `path` has a holder that is not known to be dead and was heard of not long ago."""
+    try:
+        return time.time() - path.stat().st_mtime <= stale_seconds and not _is_dead(path.read_text())
+    except OSError:
+        return False
 
 
 def _whereabouts() -> dict[str, str]:

@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -23,6 +23,7 @@ from ssgr import keys, tables
 from ssgr.allocation import Allocation
 from ssgr.calib import Material, Source
 from ssgr.grader import Grader
+from ssgr.graph import Planned
 from ssgr.measure import Measure
 from ssgr.model import Model, gguf
 from ssgr.problems import Problems, Split
@@ -37,6 +38,7 @@ from ssgr.records import (
     Reading,
     RunResult,
     Score,
+    StageRun,
     Trace,
     to_json,
 )
@@ -80,7 +82,8 @@ class Experiment:
     shard: str | None = None
 
     def __post_init__(self) -> None:
-        _ = self.part
+        if self.shard is not None:
+            _part(self.shard)
         if self.statistic not in ("norm", "gram"):
             raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
         if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):
@@ -102,16 +105,6 @@ class Experiment:
                     f"allocation={self.allocation.name} needs the scores of the dense model, and those of "
                     f"pruner={self.pruner.name} are known as its rows pass: type allocation=uniform, or owl"
                 )
-
-    @property
-    def part(self) -> slice | None:
-        """Which of the problems this job samples, if it shares them with others."""
-        if self.shard is None:
-            return None
-        found = re.fullmatch(r"(\d+)/(\d+)", str(self.shard))
-        if found is None or not 1 <= int(found[1]) <= int(found[2]):
-            raise ValueError(f"shard={self.shard}: give the number of a part and how many there are, 1/8 to 8/8")
-        return slice(int(found[1]) - 1, None, int(found[2]))
 
     @property
     def benches(self) -> list[evaluate.Bench | Measure]:
@@ -138,30 +131,68 @@ def run(experiment: Experiment, store: Store, config: dict[str, Any] | None = No
     Raises:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
+    flow = _opened(experiment, store)
+    select.warn_unused(flow.x.calib, flow.x.policy, flow.x.scope)
+    flow.walk()
+    return result(flow.done, [bench.name for bench in flow.x.benches], config or {})
+
+
+def plan(experiment: Experiment, store: Store, parts: int = 1) -> list[Planned]:
+    """The stages of one cell in an order in which they can be made; nothing is made but a converted GGUF file.
+
+    With `parts`, whatever is sampled is sampled in as many parts, each a stage that the whole needs.
+
+    Raises:
+        ValueError: a setting cannot work; the message says which and what to type next.
+    """
+    flow = _opened(experiment, store, parts)
+    flow.shelf = _Blank(store.root)
+    flow.walk()
+    return flow.planned
+
+
+def make(experiment: Experiment, store: Store, key: str, parts: int = 1) -> Artefact:
+    """Make the stage `key` of `plan(experiment, store, parts)`; all that it needs must be in the store.
+
+    Raises:
+        ValueError: what it needs is not there, no stage of the cell has this key, or a setting cannot work.
+    """
+    flow = _opened(experiment, store, parts)
+    flow.shelf = _Only(store, key, flow)
+    try:
+        flow.walk()
+    except _Made as made:
+        return made.artefact
+    raise ValueError(
+        f"no stage of this cell is called {key} any more: the code, the model or the problems changed since it was planned; "
+        "give the command of the sweep again"
+    )
+
+
+def result(done: Mapping[str, Artefact], benches: Sequence[str], config: dict[str, Any]) -> RunResult:
+    """What came out of a cell whose stages are `done`, by their names."""
+    return RunResult(
+        config=config,
+        keys={name: artefact.key for name, artefact in done.items()},
+        versions=_versions(),
+        stages={name: artefact.run for name, artefact in done.items()},
+        calibration=json.loads((done["select"].path / select.SUMMARY).read_text()),
+        prune=_read_prune(done["prune"]),
+        scores={name: _compared(done[f"evaluate_dense.{name}"], done[f"evaluate_pruned.{name}"]) for name in benches},
+    )
+
+
+def _opened(experiment: Experiment, store: Store, parts: int = 1) -> _Flow:
+    """The flow of an experiment that is checked as far as it can be before hours of sampling."""
     model, converted = gguf.stored(experiment.model, store)
-    experiment = dataclasses.replace(experiment, model=model)
     skeleton = model.skeleton()
-    prune.check(skeleton, experiment.pruner, experiment.sparsity)  # before hours of sampling
-    experiment = dataclasses.replace(experiment, budget=_within_context(experiment.budget, skeleton))
-    select.warn_unused(experiment.calib, experiment.policy, experiment.scope)
-    flow = _Flow(experiment, store, gguf.record(converted))
+    prune.check(skeleton, experiment.pruner, experiment.sparsity)
+    budget = _within_context(experiment.budget, skeleton)
+    flow = _Flow(dataclasses.replace(experiment, model=model, budget=budget), store, gguf.record(converted), parts)
     if converted:
         flow.done["convert"] = converted
-    benches = experiment.benches
-    dense = [flow.evaluated("dense", bench, None) for bench in benches]
-    chosen = flow.selected()
-    pruned = flow.pruned(chosen)
-    after = [flow.evaluated("pruned", bench, pruned) for bench in benches]
-    calibration = json.loads((chosen.path / select.SUMMARY).read_text())
-    return RunResult(
-        config=config or {},
-        keys={name: artefact.key for name, artefact in flow.done.items()},
-        versions=_versions(),
-        stages={name: artefact.run for name, artefact in flow.done.items()},
-        calibration=calibration,
-        prune=_read_prune(pruned),
-        scores={bench.name: _compared(*pair) for bench, *pair in zip(benches, dense, after, strict=True)},
-    )
+        flow.planned.append(Planned("convert", converted.stage, converted.key, ()))
+    return flow
 
 
 def sample_shard(experiment: Experiment, store: Store) -> int:
@@ -183,6 +214,14 @@ def sample_shard(experiment: Experiment, store: Store) -> int:
     return sum(len(tables.read_traces(part.path / sample.TRACES)) for part in parts)
 
 
+def _part(shard: str) -> slice:
+    """Which of the problems the job `shard` samples, such as 2/8."""
+    found = re.fullmatch(r"(\d+)/(\d+)", str(shard))
+    if found is None or not 1 <= int(found[1]) <= int(found[2]):
+        raise ValueError(f"shard={shard}: give the number of a part and how many there are, 1/8 to 8/8")
+    return slice(int(found[1]) - 1, None, int(found[2]))
+
+
 def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
     """`budget` with rows no longer than the model's context: past it the model was never trained."""
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -192,12 +231,60 @@ def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
     return dataclasses.replace(budget, max_row_tokens=context)
 
 
+class _Blank:
+    """A shelf on which nothing is made, for plans."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def run(self, stage: str, key: str, make: Callable[[Path], None], **_: object) -> Artefact:
+        return Artefact(self.root / stage / key, key, stage, StageRun(0.0, False, 0.0))
+
+
+class _Made(Exception):
+    def __init__(self, artefact: Artefact) -> None:
+        super().__init__(artefact.key)
+        self.artefact = artefact
+
+
+class _Only(_Blank):
+    """A shelf on which only the stage `key` is made, of what must be there."""
+
+    def __init__(self, store: Store, key: str, flow: _Flow) -> None:
+        super().__init__(store.root)
+        self.store, self.key, self.flow = store, key, flow
+
+    def run(self, stage: str, key: str, make: Callable[[Path], None], **manifest: Any) -> Artefact:
+        if key != self.key:
+            return super().run(stage, key, make)
+        needs = self.flow.planned[-1].needs
+        for one in self.flow.planned:
+            if one.key in needs and self.store.find(one.stage, one.key, checksums=True) is None:
+                raise ValueError(
+                    f"{self.flow.planned[-1].name} needs {one.name}, and the store has no {one.stage}/{one.key}: it failed or "
+                    "did not run; give the command of the sweep again"
+                )
+        raise _Made(self.store.run(stage, key, make, **manifest))
+
+
 class _Flow:
     """The stages of one experiment; `done` collects their artefacts by name."""
 
-    def __init__(self, experiment: Experiment, store: Store, converted: dict[str, Any] | None = None) -> None:
-        self.x, self.store, self.converted = experiment, store, converted
+    def __init__(
+        self, experiment: Experiment, store: Store, converted: dict[str, Any] | None = None, parts: int = 1
+    ) -> None:
+        self.x, self.store, self.converted, self.parts = experiment, store, converted, parts
+        self.shelf: Store | _Blank = store
         self.done: dict[str, Artefact] = {}
+        self.planned: list[Planned] = []
+
+    def walk(self) -> None:
+        """Every stage, each after what it needs."""
+        for bench in self.x.benches:
+            self.evaluated("dense", bench, None)
+        pruned = self.pruned(self.selected())
+        for bench in self.x.benches:
+            self.evaluated("pruned", bench, pruned)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -207,10 +294,19 @@ class _Flow:
         return self.x.model.prompt_ids(self.tokenizer, question)
 
     def _stage(
-        self, name: str, stage: str, version_: int, config: object, inputs: dict[str, str], make: Callable[[Path], None]
+        self,
+        name: str,
+        stage: str,
+        version_: int,
+        config: object,
+        inputs: dict[str, str],
+        make: Callable[[Path], None],
+        parts: Sequence[str] = (),
     ) -> Artefact:
+        """A stage that reads `inputs`, and if it is made of `parts`, those."""
         key = keys.key(stage, version_, config, inputs)
-        self.done[name] = artefact = self.store.run(stage, key, make, config=config, inputs=inputs)
+        self.planned.append(Planned(name, stage, key, (*inputs.values(), *parts)))
+        self.done[name] = artefact = self.shelf.run(stage, key, make, config=config, inputs=inputs)
         return artefact
 
     def sampled(
@@ -219,18 +315,26 @@ class _Flow:
         """Traces of the dense model (`pruned` is None) or of a pruned one."""
         model, read = self.x.model, problems.read(split)
         asked = [(problem.id, problem.question) for problem in read]
-        config = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
-        if self.x.part is not None:
-            read, config["shard"] = read[self.x.part], self.x.shard
+        whole = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
         inputs = {"prune": pruned.key} if pruned else {}
 
-        def make(work: Path) -> None:
-            earlier = lambda: self._earlier(config, inputs)
-            sample.sample(
-                self._at(pruned), self.tokenizer, self.prompt_ids, read, engine, decoding, work, name, earlier
-            )
+        def stage(shard: str | None, parts: Sequence[str] = ()) -> Artefact:
+            config = whole if shard is None else {**whole, "shard": shard}
 
-        return self._stage(name, "sample", sample.VERSION, config, inputs, make), read
+            def make(work: Path) -> None:
+                earlier = lambda: self._earlier(config, inputs)
+                asked = read if shard is None else read[_part(shard)]
+                how = (asked, engine, decoding, work, name, earlier)
+                sample.sample(self._at(pruned), self.tokenizer, self.prompt_ids, *how)
+
+            called = name if shard is None else f"{name} {shard}"
+            return self._stage(called, "sample", sample.VERSION, config, inputs, make, parts)
+
+        if self.x.shard is not None:
+            return stage(self.x.shard), read[_part(self.x.shard)]
+        count = min(self.parts, len(read))
+        parts = [stage(f"{i + 1}/{count}").key for i in range(count)] if count > 1 else []
+        return stage(None, parts), read
 
     def _earlier(self, config: dict[str, Any], inputs: dict[str, str]) -> Iterator[Trace]:
         """Traces that were sampled alike, but for their cap and their number, or as a part."""
@@ -402,6 +506,8 @@ class _Flow:
 
         config = {"bench": bench.name}
         out = self._stage(f"evaluate_{at}", "evaluate", evaluate.VERSION, config, {"grade": graded.key}, make)
+        if self.shelf is not self.store:  # a plan
+            return out
         score = read_score(out)
         if isinstance(score, Score) and score.truncated > MANY_CUT:
             _log.warning(

@@ -29,11 +29,20 @@ def floor(module: str) -> int:
     parts = module.split(".")
     if len(parts) < 2:
         return 0
+    if parts[-1] == "__main__":
+        return 4
     if parts[1] in VARIANT_ROOMS:
         return 2
-    return {"records": 0, "stages": 3, "report": 3, "pipeline": 4, "grade": 4, "export": 4, "__main__": 4}.get(
-        parts[1], 1
-    )
+    return {
+        "records": 0,
+        "stages": 3,
+        "report": 3,
+        "pipeline": 4,
+        "grade": 4,
+        "export": 4,
+        "status": 4,
+        "assemble": 4,
+    }.get(parts[1], 1)
 
 
 def name_of(file: Path) -> str:

@@ -8,7 +8,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ssgr import assemble, sweep
 from ssgr.report import table
+from ssgr.store import Store
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,17 +23,34 @@ def main(arguments: list[str] | None = None) -> int:
                         "calib=matched (with --by, or with all fields but the draw)")  # fmt: skip
     args = parser.parse_args(arguments)
     try:
+        holes = _assembled(args.paths)
         cells = table.find(args.paths)
         by = args.by.split(",") if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    for hole in holes:
+        print(hole, file=sys.stderr)
     if args.format == "text":
         table.show(content)
     else:
         print(table.markdown(content) if args.format == "markdown" else table.comma_separated(content))
     return 0
+
+
+def _assembled(paths: list[Path]) -> list[str]:
+    """Write the results of the sweeps among `paths` that launchers run stage by stage; a line for each that is not there yet."""
+    out: list[str] = []
+    for path in paths:
+        for manifest in sorted(path.glob("**/" + sweep.MANIFEST) if path.is_dir() else ()):
+            found = sweep.read(manifest.parent)
+            if found is not None and Path(found.store).is_dir():
+                store = Store(Path(found.store))
+                for _ in assemble.cells(found, store):
+                    pass
+                out += assemble.gaps(found, store)
+    return out
 
 
 if __name__ == "__main__":

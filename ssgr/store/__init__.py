@@ -115,15 +115,43 @@ class Store:
             (self.misses if made else self.hits)[stage] += 1
         return Artefact(folder, key, stage, StageRun(manifest.seconds, not made, manifest.peak_rss_mib))
 
+    def find(self, stage: str, key: str, checksums: bool = False) -> Artefact | None:
+        """The result of `stage` under `key` if it is there and sound, as far as sizes or also `checksums` tell."""
+        folder = self.root / stage / key
+        with contextlib.suppress(_Damaged):
+            if (manifest := _read(folder, checksums)) is not None:
+                return Artefact(folder, key, stage, StageRun(manifest.seconds, True, manifest.peak_rss_mib))
+        return None
+
+    @contextlib.contextmanager
+    def alone(self, what: str) -> Iterator[None]:
+        """Be the only process of all hosts that is here with `what`; a dead one's place is taken."""
+        with self._wait_for_lease(self._open(what) / "driver"):
+            yield
+
+    def damage(self, stage: str, key: str) -> str | None:
+        """What is wrong with a result, whose files are all read; None if it is sound or not there."""
+        folder = self.root / stage / key
+        for seen in [one for one in _checksummed if one[0] == folder]:
+            _checksummed.discard(seen)
+        try:
+            _read(folder)
+        except _Damaged as damage:
+            return str(damage)
+        return None
+
+    def keys(self, stage: str) -> list[str]:
+        """The keys of all results of `stage`."""
+        return sorted(path.parent.name for path in self.root.glob(f"{stage}/*/{MANIFEST}") if not path.parent.suffix)
+
     def alike(self, stage: str, inputs: Mapping[str, str]) -> Iterator[tuple[Path, dict[str, Any]]]:
         """Every sound result of `stage` that was made from `inputs`: its folder and the configuration it was made with."""
-        for path in sorted(self.root.glob(f"{stage}/*/{MANIFEST}")):
-            if path.parent.suffix:  # unfinished, or damaged
-                continue
+        for key in self.keys(stage):
+            folder = self.root / stage / key
             with contextlib.suppress(_Damaged, OSError, ValueError, KeyError):
-                found = json.loads(path.read_text())
-                if found["inputs"] == dict(inputs) and _read(path.parent) is not None:
-                    yield path.parent, found["config"]
+                found = json.loads((folder / MANIFEST).read_text())
+                if found["inputs"] == dict(inputs) and _read(folder) is not None:
+                    yield folder, found["config"]
 
     def _open(self, stage: str) -> Path:
         folder = self.root / stage
@@ -211,7 +239,7 @@ def _read_or_move_aside(folder: Path) -> _Manifest | None:
         return None
 
 
-def _read(folder: Path) -> _Manifest | None:
+def _read(folder: Path, checksums: bool = True) -> _Manifest | None:
     """The manifest of a sound result, None if there is no result.
 
     Raises:
@@ -231,7 +259,7 @@ def _read(folder: Path) -> _Manifest | None:
     try:
         _check_sizes(sizes)
         seen = (folder, str(manifest.created))
-        if sum(sizes.values()) <= ALWAYS_CHECKSUMMED or seen not in _checksummed:
+        if checksums and (sum(sizes.values()) <= ALWAYS_CHECKSUMMED or seen not in _checksummed):
             _check_sums(sums)
             _checksummed.add(seen)
     except OSError as error:

@@ -1,0 +1,169 @@
+"""SLURM through submitit: which resources a kind of stage gets, and how an array of jobs is submitted."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from launchers.work import THREADS
+
+ROOT = Path(__file__).resolve().parent.parent
+DEFAULT = "default"
+_OWN = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node"}  # submitit's words -> those of its SLURM executor
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the jobs of a kind of stage ask for."""
+
+    cpus: int
+    gpus: int
+    asked: Mapping[str, Any]  # in the words of submitit's SLURM executor
+    python: str | None  # the command that starts Python, such as one of a container
+
+
+def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resources:
+    """The resources of `kind`: those of `default`, changed by its own.
+
+    Raises:
+        ValueError: one cannot be.
+    """
+    asked = {k: v for k, v in {**(given.get(DEFAULT) or {}), **(given.get(kind) or {})}.items() if v is not None}
+    python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
+    cpus, gpus = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0)
+    for name, value, least in (
+        ("cpus_per_task", cpus, 1),
+        ("gpus_per_node", gpus, 0),
+        ("timeout_min", asked.get("timeout_min", 1), 1),
+    ):
+        if not isinstance(value, int) or value < least:
+            raise ValueError(f"hydra.launcher.resources.{kind}.{name}={value}: give a whole number of at least {least}")
+    if "mem_gb" in asked:
+        asked["mem"] = f"{asked.pop('mem_gb')}GB"
+    if not gpus:
+        asked.pop("gpus_per_node", None)
+    threads = " ".join(f"{name}={cpus}" for name in THREADS)
+    asked["setup"] = [
+        f"export {threads}",
+        "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # since SLURM 22.05 srun does not take it from sbatch
+        f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}",
+        *setup,
+    ]
+    return Resources(cpus, gpus, {_OWN.get(k, k): v for k, v in asked.items()}, python)
+
+
+class Cluster(Protocol):
+    """Where arrays of jobs are submitted."""
+
+    def check(self, kinds: Mapping[str, Resources]) -> None:
+        """See that it would take such jobs.
+
+        Raises:
+            ValueError: it would not; the message names the kind and what to change.
+        """
+        ...
+
+    def submit(
+        self,
+        work: Sequence[Any],
+        name: str,
+        asked: Resources,
+        dependency: str | None,
+        folder: Path,
+        parallel: int | None,
+    ) -> str:
+        """Submit an array and return its id.
+
+        Raises:
+            ValueError: it was refused.
+        """
+        ...
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """Take jobs out of the queue."""
+        ...
+
+
+class Slurm:
+    """The cluster whose `sbatch` is on the path."""
+
+    def __init__(self, max_timeouts: int = 20) -> None:
+        self.max_timeouts = max_timeouts
+
+    def check(self, kinds: Mapping[str, Resources]) -> None:
+        """See that `sbatch` is there and takes jobs of these kinds."""
+        for command in ("sbatch", "srun", "squeue", "scancel"):
+            if shutil.which(command) is None:
+                raise ValueError(
+                    f"there is no {command} on the path: log in to the cluster, or type hydra/launcher=local to run here"
+                )
+        for kind, one in kinds.items():
+            flags = ["--test-only", "--wrap=true", "--output=/dev/null", *self._flags(one)]
+            done = subprocess.run(["sbatch", *flags], capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
+                raise ValueError(
+                    f"SLURM refuses jobs of kind {kind} ({said.strip()}): nothing was submitted; change "
+                    f"hydra.launcher.resources.{kind} (see sinfo for partitions and their limits)"
+                )
+
+    def _flags(self, one: Resources) -> list[str]:
+        flags = []
+        for name, value in one.asked.items():
+            if name in (
+                "setup",
+                "signal_delay_s",
+                "additional_parameters",
+                "array_parallelism",
+                "use_srun",
+                "srun_args",
+                "teardown",
+            ):
+                continue
+            if name == "exclusive" and value is True:
+                flags.append("--exclusive")
+            elif name != "stderr_to_stdout":
+                flags.append(f"--{name.replace('_', '-')}={value}")
+        return flags + [f"--{k}={v}" for k, v in (one.asked.get("additional_parameters") or {}).items()]
+
+    def submit(
+        self,
+        work: Sequence[Any],
+        name: str,
+        asked: Resources,
+        dependency: str | None,
+        folder: Path,
+        parallel: int | None,
+    ) -> str:
+        """Submit through submitit; a job whose dependency can no longer be met is ended by SLURM."""
+        import submitit
+        from submitit.core.utils import FailedJobError, FailedSubmissionError
+
+        executor = submitit.SlurmExecutor(folder, max_num_timeout=self.max_timeouts, python=asked.python)
+        extra = dict(asked.asked.get("additional_parameters") or {})
+        if dependency:
+            extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
+        given = {**asked.asked, "job_name": name, "additional_parameters": extra}
+        given["array_parallelism"] = parallel or len(work)
+        try:
+            executor.update_parameters(**given)
+            with executor.batch():
+                jobs = [executor.submit(one) for one in work]
+            return str(jobs[0].job_id).partition("_")[0]
+        except (FailedJobError, FailedSubmissionError) as error:
+            raise ValueError(f"SLURM refused {name}: {_last(error)}") from error
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        """scancel."""
+        if jobs:
+            subprocess.run(["scancel", *jobs], check=False, stderr=sys.stderr)
+
+
+def _last(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,274 @@
+"""A grid: compose its cells, plan their stages, hand them to SLURM or to processes of this machine, say what became of it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, OmegaConf, open_dict
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from launchers import local, outcome
+from launchers.cluster import ROOT, Slurm
+from launchers.experiment import build
+from launchers.submit import Settings, Submission, kinds, plan, submit
+from ssgr import assemble, pipeline, status
+from ssgr.graph import KINDS, Stage
+from ssgr.progress import Progress
+from ssgr.queue import Records, write_json
+from ssgr.store import Store
+from ssgr.sweep import CONFIG, Sweep, code, read
+
+_log = logging.getLogger("ssgr")
+_BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+_POLL = 2.0  # seconds between two looks at the queue
+
+
+def launch(
+    context: HydraContext,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    kind: str,
+    settings: Mapping[str, Any],
+) -> Sequence[JobReturn]:
+    """Run or submit the cells of a sweep; what a cell could not be is in `outcome`, and never stops the others."""
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
+    try:
+        return _launch(context, config, job_overrides, first, kind, settings)
+    except ValueError as error:
+        outcome.FAILED.append(str(error))
+        print(f"[ERROR] {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
+def _launch(
+    context: HydraContext,
+    config: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    first: int,
+    kind: str,
+    settings: Mapping[str, Any],
+) -> Sequence[JobReturn]:
+    wait = kind == "local" or settings["wait"]
+    if not wait and not settings["dry_run"] and config.hydra.sweeper._target_ != _BASIC:
+        raise ValueError(
+            f"the sweeper {config.hydra.sweeper._target_.rpartition('.')[2]} chooses cells by the results of others: type "
+            "hydra.launcher.wait=true; nothing was submitted"
+        )
+    folder = Path(str(config.hydra.sweep.dir)).absolute()
+    store = Store(Path(config.store.path))
+    before = read(folder)
+    if before is not None and before.store != str(store.root):
+        raise ValueError(
+            f"{folder} is a sweep of the store {before.store}: type store.path={before.store}, or another hydra.sweep.dir"
+        )
+    sweep = _sweep(folder, store, settings["parts"])
+    if first and before is not None:  # the sweeper comes in batches
+        sweep.graph, sweep.overrides, sweep.benches = before.graph, before.overrides, before.benches
+        sweep.names, sweep.refused, before = before.names, before.refused, None
+    returns = [
+        _cell(context, config, sweep, store, first + i, overrides, settings["dry_run"])
+        for i, overrides in _shown(job_overrides)
+    ]
+    cut = Settings(
+        resources=settings.get("resources", {}),
+        fold=settings["fold"],
+        max_array=settings.get("max_array", len(sweep.graph.stages) + 1),
+        max_parallel=settings["max_parallel"],
+        cancel_dropped=settings.get("cancel_dropped", False),
+    )
+    if settings["dry_run"]:
+        _dry(sweep, store, cut, kind)
+    elif kind == "slurm":
+        done = submit(sweep, store, Slurm(settings["max_timeouts"]), cut, before)
+        _announce(sweep, done)
+        if wait:
+            _watch(sweep, store)
+    else:
+        sweep.write()
+        local.run(sweep, store, cut, settings["cpus_per_task"], settings["timeout_min"])
+    numbers = range(first, first + len(job_overrides))
+    values: dict[int, Any] = dict.fromkeys(numbers)
+    if wait and not settings["dry_run"]:
+        values |= _collect(sweep, store, numbers)
+    else:
+        outcome.FAILED.extend(f"{sweep.label(n)}: {sweep.refused[n]}" for n in numbers if n in sweep.refused)
+        values = {n: {"sweep": str(folder), "cell": n} for n in numbers}
+    for n, one in zip(numbers, returns, strict=True):
+        one.status, one.return_value = JobStatus.COMPLETED, values[n]
+    return returns
+
+
+def _shown(job_overrides: Sequence[Sequence[str]]) -> Iterable[tuple[int, Sequence[str]]]:
+    """The cells, with a line of progress where there are many."""
+    with Progress("plan", len(job_overrides), shown=len(job_overrides) > 20) as progress:
+        for i, overrides in enumerate(job_overrides):
+            yield i, overrides
+            progress.step()
+
+
+def _sweep(folder: Path, store: Store, parts: int) -> Sweep:
+    if not isinstance(parts, int) or parts < 1:
+        raise ValueError(f"hydra.launcher.parts={parts}: give a whole number of at least 1")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        commit = code(ROOT, folder / "code.diff")
+    except OSError as error:
+        raise ValueError(
+            f"the sweep folder {folder} cannot be written ({error.strerror}): type hydra.sweep.dir=DIR"
+        ) from error
+    return Sweep(folder, str(store.root), sys.argv, commit, parts)
+
+
+def _cell(
+    context: HydraContext,
+    config: DictConfig,
+    sweep: Sweep,
+    store: Store,
+    number: int,
+    overrides: Sequence[str],
+    dry: bool,
+) -> JobReturn:
+    """Compose and plan one cell; one that cannot be is refused, and the others go on."""
+    cfg = context.config_loader.load_sweep_config(config, list(overrides))
+    with open_dict(cfg):
+        cfg.hydra.job.id = cfg.hydra.job.num = number
+    hydra_cfg = OmegaConf.masked_copy(cfg, "hydra")
+    task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    sweep.overrides[number] = [str(one) for one in filter_overrides(list(overrides))]
+    try:
+        container = OmegaConf.to_container(task, resolve=True)
+        if task.shard is not None:
+            raise ValueError("shard= is for jobs that are started by hand: here type hydra.launcher.parts=8")
+        experiment = build(task)
+        planned = pipeline.plan(experiment, store, sweep.parts)
+    except ValueError as error:
+        sweep.refused[number] = str(error)
+    else:
+        sweep.refused.pop(number, None)
+        sweep.benches[number] = [bench.name for bench in experiment.benches]
+        sweep.names[number] = {one.name: one.key for one in planned}
+        sweep.graph.add(number, planned)
+        if not dry:
+            sweep.cell(number).mkdir(parents=True, exist_ok=True)
+            write_json(sweep.cell(number) / CONFIG, container)
+    return JobReturn(
+        overrides=list(overrides),
+        cfg=task,
+        hydra_cfg=hydra_cfg,
+        working_dir=str(sweep.cell(number)),
+        task_name=str(config.hydra.job.name),
+    )
+
+
+def _announce(sweep: Sweep, done: Submission) -> None:
+    """Say what was submitted, and how to watch it."""
+    joined = len(done.plan.live)
+    parts = (
+        [f"{done.jobs} jobs in {len(done.arrays)} arrays were submitted"]
+        if done.arrays
+        else ["nothing was left to submit"]
+    )
+    if joined:
+        parts.append(f"{joined} stages are made by jobs that were there before")
+    print(
+        f"sweep {sweep.id}: {len(sweep.overrides)} cells, {len(sweep.graph.stages)} stages, {sum(done.plan.stored.values())} "
+        f"of them in the store; {'; '.join(parts)}"
+    )
+    if sweep.refused:
+        print(f"{len(sweep.refused)} cells cannot be run and were left out")
+    print(f"watch:   python -m ssgr.status {sweep.folder}\nresults: python -m ssgr.report {sweep.folder}")
+
+
+def _dry(sweep: Sweep, store: Store, cut: Settings, kind: str) -> None:
+    """Print what would be done."""
+    try:
+        live = Records(store.root).live() if kind == "slurm" else {}
+    except ValueError as error:
+        live = {}
+        print(f"the queue is not known: {error}")
+    found = plan(sweep, store, cut, live)
+    shapes = kinds(found, cut) if kind == "slurm" else {}
+    table = Table(
+        title=f"{len(sweep.overrides)} cells, {len(sweep.graph.stages)} unique stages", title_justify="left", box=None
+    )
+    for name in ("stage", "in the store", "in the queue", "to make", "jobs", "arrays", "GPUs a job", "estimated time"):
+        table.add_column(name, justify="left" if name == "stage" else "right")
+    missing = Counter(stage.kind for stage in found.missing)
+    joined = Counter(sweep.graph.stages[key].kind for key in found.live)
+    typical = _typical(store, [stage for stage in found.missing if stage.key not in found.live])
+    for one in KINDS:
+        if not (missing[one] or found.stored[one]):
+            continue
+        own = [array for array in found.arrays if array.kind == one]
+        gpus = str(shapes[one].gpus) if one in shapes else ""
+        left = missing[one] - joined[one]
+        seconds = typical.get(one)
+        time_ = "" if not left else "unknown" if seconds is None else status.clock(left * seconds)
+        jobs = sum(len(array.tasks) for array in own)
+        table.add_row(one, *map(str, (found.stored[one], joined[one], left, jobs, len(own))), gpus, time_)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    for number, why in sweep.refused.items():
+        print(f"{sweep.label(number)} cannot be run: {why}")
+    print("dry run: nothing was submitted; estimates are means of the same kinds of stages in the store")
+
+
+def _typical(store: Store, todo: Sequence[Stage]) -> dict[str, float]:
+    """Mean seconds of the results that the store has of these kinds of stages."""
+    out: dict[str, float] = {}
+    for kind, folder in {(stage.kind, stage.folder) for stage in todo}:
+        seconds = [found.run.seconds for key in store.keys(folder) if (found := store.find(folder, key)) is not None]
+        if seconds:
+            out[kind] = sum(seconds) / len(seconds)
+    return out
+
+
+def _watch(sweep: Sweep, store: Store) -> None:
+    """Show how far it is until no job of it is left."""
+    console = Console()
+    with Live(console=console, refresh_per_second=1, transient=True) as screen:
+        said = ""
+        while True:
+            live = Records(store.root).live()
+            found = status.states(sweep, store, live)
+            if console.is_terminal:
+                screen.update(status.show(sweep, found))
+            else:
+                count = Counter(one.state for one in found.values())
+                line = ", ".join(f"{count[name]} {name}" for name in status.STATES if count[name])
+                if line != said:
+                    print(f"stages: {line}", file=sys.stderr, flush=True)
+                said = line
+            if not any(key in live for key in sweep.graph.stages):
+                return
+            time.sleep(_POLL)
+
+
+def _collect(sweep: Sweep, store: Store, numbers: Sequence[int]) -> dict[int, float | None]:
+    """The results of the cells, and the reasons of those that have none."""
+    why = assemble.holes(sweep, store)
+    out: dict[int, float | None] = {}
+    for number, found in assemble.cells(sweep, store):
+        if number not in numbers:
+            continue
+        if found is None:
+            outcome.FAILED.append(
+                f"{sweep.label(number)}: {why.get(number, 'its jobs ended without a result; see python -m ssgr.status')}"
+            )
+            out[number] = None
+        else:
+            outcome.add(sweep.cell(number), 0, 0)
+            out[number] = outcome.value(found)
+    return out

@@ -1,0 +1,104 @@
+"""Run a graph in processes of this machine through submitit's local executor: each job when what it needs is there."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import submitit
+import torch
+
+from launchers.arrays import Task, tasks
+from launchers.submit import LOGS, Settings
+from launchers.work import Work
+from ssgr.progress import Progress
+from ssgr.queue import Records
+from ssgr.store import Store
+from ssgr.sweep import CONFIG, Sweep
+
+_POLL = 0.2  # seconds
+
+
+def run(sweep: Sweep, store: Store, settings: Settings, cpus: int | None, timeout_min: int) -> None:
+    """Make what is missing of a sweep; a stage that fails keeps only those that need it from starting.
+
+    Raises:
+        ValueError: there is no room for a job.
+    """
+    count, threads = _slots(settings.max_parallel, cpus)
+    graph, records = sweep.graph, Records(store.root)
+    missing = graph.missing(lambda stage: store.find(stage.folder, stage.key) is not None)
+    waiting = {task.id: task for task in tasks(missing, settings.fold, {})}
+    print(
+        f"sweep {sweep.id}: {len(sweep.overrides)} cells, {len(graph.stages)} stages; {len(waiting)} jobs, {count} at a time "
+        f"with {threads} threads each; logs in {sweep.folder / LOGS}"
+    )
+    absent = {key for task in waiting.values() for key in task.keys}
+    for key in absent:
+        records.forgive(graph.stages[key].folder, key)
+    running: dict[int, tuple[Task, submitit.Job[None]]] = {}  # by slot
+    with Progress("sweep", len(waiting)) as progress:
+        try:
+            while waiting or running:
+                for slot, (task, job) in list(running.items()):
+                    if job.done():
+                        del running[slot]
+                        progress.step()
+                        if job.exception() is None:
+                            absent -= set(task.keys)
+                        else:
+                            _lost(records, sweep, store, task, job)
+                            progress.step(_drop(waiting, task))
+                ready = [task for task in waiting.values() if not task.needs & absent]
+                for task in ready[: count - len(running)]:
+                    slot = next(i for i in range(count) if i not in running)
+                    running[slot] = (waiting.pop(task.id), _start(sweep, task, slot, threads, timeout_min))
+                time.sleep(_POLL)
+        finally:
+            for _, job in running.values():
+                job.cancel()
+
+
+def _slots(parallel: int | None, cpus: int | None) -> tuple[int, int]:
+    """How many jobs run at a time, and the threads of each."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = parallel if parallel is not None else torch.cuda.device_count() or max(1, there // 2)
+    threads = cpus if cpus is not None else max(1, there // max(1, count))
+    for name, value in (("max_parallel", count), ("cpus_per_task", threads)):
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"hydra.launcher.{name}={value}: give a whole number of at least 1")
+    return count, threads
+
+
+def _start(sweep: Sweep, task: Task, slot: int, threads: int, timeout_min: int) -> submitit.Job[None]:
+    executor = submitit.LocalExecutor(sweep.folder / LOGS)
+    gpus = torch.cuda.device_count()
+    visible = {"gpus_per_node": 1, "visible_gpus": (slot % gpus,)} if gpus else {}
+    executor.update_parameters(timeout_min=timeout_min, **visible)
+    work = Work(sweep.cell(task.cell) / CONFIG, Path(sweep.store), task.keys, sweep.parts, threads)
+    return executor.submit(work)
+
+
+def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submitit.Job[None]) -> None:
+    """Say that a task failed; one that was killed could not note it itself."""
+    stages = [sweep.graph.stages[key] for key in task.keys]
+    stage = next((one for one in stages if store.find(one.folder, one.key) is None), stages[-1])
+    failure = records.failure(stage.folder, stage.key)
+    if failure is None:
+        records.fail(
+            stage.folder, stage.key, f"its process ended without a result (state {job.state})", str(job.paths.stderr)
+        )
+    said = failure.error if failure else "its process ended without a result"
+    print(f"[ERROR] {stage.name} of {sweep.label(task.cell)}: {said} (log: {job.paths.stderr})", file=sys.stderr)
+
+
+def _drop(waiting: dict[str, Task], failed: Task) -> int:
+    """Take out of `waiting` all that needs what failed; how many those are."""
+    gone, before = set(failed.keys), len(waiting)
+    for task in list(waiting.values()):  # in the order of the graph
+        if task.needs & gone:
+            gone |= set(task.keys)
+            del waiting[task.id]
+    return before - len(waiting)

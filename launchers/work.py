@@ -1,0 +1,108 @@
+"""What a job does: some stages of a cell, or the report of a sweep. This is what submitit pickles, so it imports lightly."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from submitit.helpers import DelayedSubmission
+
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Make the stages `keys` of the cell whose configuration lies in `config`."""
+
+    config: Path
+    store: Path
+    keys: tuple[str, ...]
+    parts: int
+    cpus: int
+
+    def __call__(self) -> None:
+        """Make them in their order.
+
+        Raises:
+            ValueError: one cannot be made; the message is kept in the store too.
+        """
+        _quieten(self.cpus)
+        import json
+
+        from omegaconf import OmegaConf
+
+        from launchers.experiment import build
+        from ssgr import pipeline
+        from ssgr.queue import Records
+        from ssgr.store import Store
+
+        store = Store(self.store)
+        records = Records(store.root)
+        experiment = build(OmegaConf.create(json.loads(self.config.read_text())))
+        names = {one.key: one for one in pipeline.plan(experiment, store, self.parts)}
+        for key in self.keys:
+            stage = names[key].stage if key in names else "gone"
+            try:
+                made = pipeline.make(experiment, store, key, self.parts)
+            except Exception as error:
+                said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                records.fail(stage, key, said, str(_log()))
+                print(f"[ERROR] {names[key].name if key in names else key}: {said}", file=sys.stderr)
+                if not isinstance(error, ValueError):
+                    traceback.print_exc()
+                raise
+            records.forgive(stage, key)
+            how = "was there" if made.run.cached else f"{made.run.seconds:.1f} s, {made.run.peak_rss_mib:.0f} MiB"
+            print(f"{names[key].name}: {stage}/{key} ({how})", file=sys.stderr)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """After a preemption or a time limit: the same again, which goes on where this one was."""
+        return DelayedSubmission(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Write result.json of every cell of a sweep that is complete, and the table."""
+
+    folder: Path
+
+    def __call__(self) -> None:
+        """Assemble; holes are named, and are no error of the report."""
+        _quieten(1)
+        from ssgr import assemble
+
+        assemble.report(self.folder)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """The same again."""
+        return DelayedSubmission(self)
+
+
+def _quieten(cpus: int) -> None:
+    """As many threads as the job has CPUs: two jobs that take all of a node's slow each other hundredfold."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.update(dict.fromkeys(THREADS, str(cpus)))
+    import logging
+
+    import torch
+    import transformers
+
+    torch.set_num_threads(cpus)
+    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
+    for noisy in ("httpx", "submitit"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+
+
+def _log() -> Any:
+    from submitit import JobEnvironment
+
+    try:
+        return JobEnvironment().paths.stderr
+    except RuntimeError:  # not within a job
+        return "standard error"

@@ -1,0 +1,166 @@
+"""What a store holds: python -m ssgr.store ls | verify | gc [--delete] [--store DIR]."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssgr.lease import Lease
+from ssgr.store import MANIFEST, Store
+from ssgr.sweep import MANIFEST as SWEEP
+
+OUTPUTS = "outputs"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Something in the store; `kind` is result, unfinished, damaged or gone."""
+
+    stage: str
+    path: Path
+    kind: str
+    bytes: int
+    seconds: float = 0.0
+    inputs: tuple[str, ...] = ()
+
+
+def entries(store: Store) -> Iterator[Entry]:
+    """All that lies in a store, by stage."""
+    for path in sorted(store.root.glob("*/*/")):
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        kind = {"": "result", ".work": "unfinished", ".gone": "gone"}.get(path.suffix, "damaged")
+        seconds, inputs = 0.0, ()
+        if kind == "result":
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                found = json.loads((path / MANIFEST).read_text())
+                seconds, inputs = found["seconds"], tuple(found["inputs"].values())
+        yield Entry(path.parent.name, path, kind, size, seconds, inputs)
+
+
+def referred(folders: Sequence[Path]) -> set[str]:
+    """The keys that results and sweeps under `folders` name."""
+    out: set[str] = set()
+    for folder in folders:
+        for file in folder.rglob("result.json"):
+            out |= set(json.loads(file.read_text())["keys"].values())
+        for file in folder.rglob(SWEEP):
+            out |= {stage["key"] for stage in json.loads(file.read_text())["stages"]}
+    return out
+
+
+def unreferred(found: Sequence[Entry], keys: set[str]) -> list[Entry]:
+    """Results that neither `keys` nor what those are made of name, and what is no result and nobody works on."""
+    inputs = {entry.path.name: entry.inputs for entry in found if entry.kind == "result"}
+    kept, more = set(keys), list(keys)
+    while more:
+        new = [key for key in inputs.get(more.pop(), ()) if key not in kept]
+        kept |= set(new)
+        more += new
+    return [
+        entry
+        for entry in found
+        if (
+            entry.path.name not in kept
+            if entry.kind == "result"
+            else entry.path.stem not in kept or entry.kind != "unfinished"
+        )
+    ]
+
+
+def delete(store: Store, entry: Entry) -> bool:
+    """Remove an entry, whole or not at all, unless a process works on it."""
+    folder = entry.path.with_suffix("") if entry.kind == "unfinished" else entry.path
+    lease = Lease(folder, store.heartbeat_seconds)
+    if lease.take(store.stale_seconds) is not None:
+        return False
+    with lease:
+        gone = entry.path.with_name(f"{entry.path.name.replace('.', '-')}.gone")
+        entry.path.rename(gone)
+    shutil.rmtree(gone)
+    return True
+
+
+def size(count: int) -> str:
+    """Bytes in a fitting unit."""
+    value, unit = float(count), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """List, check or clear a store; 1 if something is damaged or not there."""
+    parser = argparse.ArgumentParser(prog="python -m ssgr.store", description="What a store holds.")
+    parser.add_argument(
+        "command", choices=("ls", "verify", "gc"), help="list; check every file; find what nothing refers to"
+    )
+    parser.add_argument("--store", type=Path, default=Path(OUTPUTS, "store"), help="its folder")
+    parser.add_argument("--outputs", type=Path, nargs="+", default=[Path(OUTPUTS)], help="folders of runs and sweeps")
+    parser.add_argument("--delete", action="store_true", help="with gc: remove what it finds, else it is only listed")
+    args = parser.parse_args(arguments)
+    if not args.store.is_dir():
+        print(f"error: there is no store in {args.store}; type --store DIR", file=sys.stderr)
+        return 1
+    try:
+        store = Store(args.store)
+        return {"ls": _ls, "verify": _verify, "gc": _gc}[args.command](store, args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def _ls(store: Store, args: argparse.Namespace) -> int:
+    found = list(entries(store))
+    for stage in sorted({entry.stage for entry in found}):
+        own = [entry for entry in found if entry.stage == stage]
+        count = Counter(entry.kind for entry in own)
+        rest = "".join(f", {count[kind]} {kind}" for kind in ("unfinished", "damaged", "gone") if count[kind])
+        total, seconds = size(sum(entry.bytes for entry in own)), sum(entry.seconds for entry in own)
+        print(f"{stage:<10} {count['result']} results, {total}, made in {seconds:.0f} s{rest}")
+    print(f"{store.root}: {size(sum(entry.bytes for entry in found))}")
+    return 0
+
+
+def _verify(store: Store, args: argparse.Namespace) -> int:
+    bad = 0
+    for entry in entries(store):
+        if entry.kind == "result" and (why := store.damage(entry.stage, entry.path.name)) is not None:
+            bad += 1
+            print(why)
+        elif entry.kind == "damaged":
+            print(f"{entry.path}: was moved aside as damaged; python -m ssgr.store gc --delete removes it")
+    print(
+        f"{bad} results are damaged: they are made again when they are next needed" if bad else "every result is sound"
+    )
+    return 1 if bad else 0
+
+
+def _gc(store: Store, args: argparse.Namespace) -> int:
+    folders = [folder for folder in args.outputs if folder.is_dir()]
+    if not folders:
+        raise ValueError(f"none of {', '.join(map(str, args.outputs))} is a folder of runs; type --outputs DIR")
+    found = unreferred(list(entries(store)), referred(folders))
+    freed = 0
+    for entry in found:
+        gone = args.delete and delete(store, entry)
+        freed += entry.bytes if gone else 0
+        word = "removed" if gone else "in use, kept" if args.delete else "nothing refers to"
+        print(f"{word} {entry.path} ({entry.kind}, {size(entry.bytes)})")
+    total = size(sum(entry.bytes for entry in found))
+    print(
+        f"{size(freed)} were freed" if args.delete else f"{total} could be freed: type python -m ssgr.store gc --delete"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

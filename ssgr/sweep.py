@@ -1,0 +1,137 @@
+"""A sweep's folder: which cells it has, of which stages, from which code; one folder a cell beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ssgr.graph import Graph, Stage
+from ssgr.queue import write_json
+
+MANIFEST, VERSION = "sweep.json", 1
+CONFIG = "config.json"  # of a cell: what it was composed to
+
+
+@dataclass
+class Sweep:
+    """What was asked for in `folder`; `names` has each cell's stages by name, `refused` why a cell was never planned."""
+
+    folder: Path
+    store: str
+    command: list[str]
+    commit: str
+    parts: int
+    benches: dict[int, list[str]] = field(default_factory=dict)
+    overrides: dict[int, list[str]] = field(default_factory=dict)
+    names: dict[int, dict[str, str]] = field(default_factory=dict)
+    refused: dict[int, str] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
+    created: str = ""
+
+    @property
+    def id(self) -> str:
+        """What the sweep is called."""
+        return self.folder.name
+
+    def cell(self, number: int) -> Path:
+        """The folder of a cell."""
+        return self.folder / str(number)
+
+    def label(self, number: int) -> str:
+        """A cell's overrides on one line."""
+        return ",".join(self.overrides[number]) or "defaults"
+
+    def config(self, number: int) -> dict[str, Any]:
+        """What a cell was composed to."""
+        out: dict[str, Any] = json.loads((self.cell(number) / CONFIG).read_text())
+        return out
+
+    def write(self) -> None:
+        """Write the manifest whole."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        cells = [
+            {
+                "number": n,
+                "overrides": self.overrides[n],
+                "benches": self.benches.get(n, []),
+                "stages": self.names.get(n, {}),
+                "refused": self.refused.get(n),
+            }
+            for n in self.overrides
+        ]
+        stages = [asdict(stage) for stage in self.graph.stages.values()]
+        write_json(
+            self.folder / MANIFEST,
+            {
+                "version": VERSION,
+                "store": self.store,
+                "command": self.command,
+                "commit": self.commit,
+                "parts": self.parts,
+                "created": self.created or datetime.now(UTC).isoformat(timespec="seconds"),
+                "cells": cells,
+                "stages": stages,
+            },
+        )
+
+
+def read(folder: Path) -> Sweep | None:
+    """The sweep of `folder`, None if it has no manifest.
+
+    Raises:
+        ValueError: its manifest is of another version, or damaged.
+    """
+    file = folder / MANIFEST
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        version = found["version"]
+        if version == VERSION:
+            return _sweep(folder, found)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); choose another folder with hydra.sweep.dir=DIR") from error
+    raise ValueError(
+        f"{file} was written by another version of ssgr (its format is {version}, this one's is {VERSION}); choose another "
+        "folder with hydra.sweep.dir=DIR: what is in the store is used all the same"
+    )
+
+
+def _sweep(folder: Path, found: dict[str, Any]) -> Sweep:
+    out = Sweep(folder, found["store"], found["command"], found["commit"], found["parts"], created=found["created"])
+    for one in found["stages"]:
+        stage = Stage(**{**one, "needs": tuple(one["needs"])})
+        out.graph.stages[stage.key] = stage
+    for cell in found["cells"]:
+        n = cell["number"]
+        out.overrides[n], out.benches[n], out.names[n] = cell["overrides"], cell["benches"], cell["stages"]
+        if cell["refused"] is not None:
+            out.refused[n] = cell["refused"]
+        else:
+            out.graph.cells[n] = tuple(cell["stages"].values())
+    return out
+
+
+def code(root: Path, diff: Path) -> str:
+    """The commit of the code in `root`; what differs from it is written to `diff`. Nothing where there is no git."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        commit = _git(root, ["rev-parse", "HEAD"]).strip()
+        changed = _git(root, ["diff", "HEAD"])
+        if changed:
+            diff.parent.mkdir(parents=True, exist_ok=True)
+            diff.write_text(changed)
+            return f"{commit} and {diff.name}"
+        return commit
+    return ""
+
+
+def _git(root: Path, command: Sequence[str]) -> str:
+    return subprocess.run(
+        ["git", "-C", str(root), *command], capture_output=True, text=True, check=True, timeout=60
+    ).stdout

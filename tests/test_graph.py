@@ -1,0 +1,253 @@
+"""The plan of a grid: unique stages, tasks, arrays; pure, and tried on thousands of cells with a recording cluster."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launchers.arrays import Array, Task, arrays, tasks
+from launchers.cluster import Resources, resources
+from launchers.submit import Settings, plan, submit
+from ssgr.graph import Graph, Planned
+from ssgr.queue import Queued, Records
+from ssgr.store import Store
+from ssgr.sweep import Sweep, read
+
+FOLD = {"grade": "sample", "evaluate": "grade"}
+
+
+def cell(source: str, pruner: str, parts: int = 1) -> list[Planned]:
+    """The stages of a cell as the pipeline plans them."""
+
+    def sampled(name: str, key: str, *needs: str) -> list[Planned]:
+        some = (
+            [Planned(f"{name} {i + 1}/{parts}", "sample", f"{key}-{i}", needs) for i in range(parts)]
+            if parts > 1
+            else []
+        )
+        return [*some, Planned(name, "sample", key, (*needs, *(one.key for one in some)))]
+
+    out = sampled("sample_dense.b", "s-dense")
+    out += [Planned("grade_dense.b", "grade", "g-dense", ("s-dense",))]
+    out += [Planned("evaluate_dense.b", "evaluate", "e-dense", ("g-dense",))]
+    out += [*sampled("sample", "s"), Planned("grade", "grade", "g", ("s",))]
+    out += [Planned("select", "select", f"sel-{source}", ("g",))]
+    own = f"{source}-{pruner}"
+    out += [
+        Planned("prune", "prune", f"p-{own}", (f"sel-{source}",)),
+        *sampled("sample_pruned.b", f"s-{own}", f"p-{own}"),
+    ]
+    out += [Planned("grade_pruned.b", "grade", f"g-{own}", (f"s-{own}",))]
+    return [*out, Planned("evaluate_pruned.b", "evaluate", f"e-{own}", (f"g-{own}",))]
+
+
+def grid(sources: int, pruners: int, parts: int = 1) -> Graph:
+    """A grid of sources x pruners."""
+    out = Graph()
+    for n in range(sources * pruners):
+        out.add(n, cell(f"c{n // pruners}", f"w{n % pruners}", parts))
+    return out
+
+
+def todo(graph: Graph, fold: Mapping[str, str] = FOLD) -> list[Task]:
+    """The tasks of a grid of which nothing is there."""
+    return tasks(graph.missing(lambda stage: False), fold, {})
+
+
+class Recording:
+    """A cluster that only notes what is submitted."""
+
+    def __init__(self, refuse_after: int | None = None) -> None:
+        self.arrays: list[tuple[str, int, str | None]] = []
+        self.work: list[Any] = []
+        self.checked: Mapping[str, Resources] = {}
+        self.cancelled: list[str] = []
+        self.refuse_after = refuse_after
+
+    def check(self, kinds: Mapping[str, Resources]) -> None:
+        self.checked = kinds
+
+    def submit(
+        self,
+        work: Sequence[Any],
+        name: str,
+        asked: Resources,
+        dependency: str | None,
+        folder: Path,
+        parallel: int | None,
+    ) -> str:
+        if self.refuse_after is not None and len(self.arrays) >= self.refuse_after:
+            raise ValueError(f"SLURM refused {name}: submit limit reached")
+        self.arrays.append((name, len(work), dependency))
+        self.work += work
+        return str(1000 + len(self.arrays))
+
+    def cancel(self, jobs: Sequence[str]) -> None:
+        self.cancelled += jobs
+
+
+def starts_after(found: Sequence[Array], array: int, element: int) -> set[str]:
+    """The keys that are made before an element of an array starts, as SLURM would see to it."""
+    out: set[str] = set()
+    for i, j in found[array].after:
+        j = element if j is None else j
+        out |= set(found[i].tasks[j].keys) | starts_after(found, i, j)
+    return out
+
+
+def test_cells_share_what_has_the_same_key() -> None:
+    graph = grid(4, 6)
+    assert Counter(stage.kind for stage in graph.stages.values()) == {
+        "sample": 2 + 24, "grade": 2 + 24, "evaluate": 1 + 24, "select": 4, "prune": 24,
+    }  # fmt: skip
+
+
+def test_what_only_finished_stages_need_is_not_made_again() -> None:
+    graph = grid(2, 2)
+    have = {key for key in graph.stages if key not in ("e-c0-w0", "g-c0-w0", "s", "g", "sel-c1")}
+    wanted = ["s", "g", "g-c0-w0", "e-c0-w0", "sel-c1"]
+    assert [stage.key for stage in graph.missing(lambda stage: stage.key in have)] == wanted
+    assert graph.missing(lambda stage: True) == []
+
+
+def test_small_stages_go_on_in_the_job_of_what_they_read() -> None:
+    graph = grid(1, 1)
+    assert [task.keys for task in todo(graph)] == [
+        ("s-dense", "g-dense", "e-dense"), ("s", "g"), ("sel-c0",), ("p-c0-w0",), ("s-c0-w0", "g-c0-w0", "e-c0-w0"),
+    ]  # fmt: skip
+    assert all(len(task.keys) == 1 for task in todo(graph, fold={}))
+
+
+def test_parts_are_jobs_of_their_own_and_are_gathered() -> None:
+    graph = grid(1, 1, parts=3)
+    kinds = Counter(task.kind for task in todo(graph))
+    assert kinds == {"sample": 9, "gather": 3, "select": 1, "prune": 1}
+    gather = next(task for task in todo(graph) if task.keys[0] == "s")
+    assert gather.keys == ("s", "g") and gather.needs == {"s-0", "s-1", "s-2"}
+
+
+@pytest.mark.parametrize("fold", [FOLD, {}], ids=["folded", "single"])
+@pytest.mark.parametrize("limit", [1, 5, 1000])
+@pytest.mark.parametrize("seed", range(8))
+def test_arrays_keep_the_order_whatever_is_there_and_queued(seed: int, limit: int, fold: Mapping[str, str]) -> None:
+    """Random states of the store and the queue: every missing stage once, after what it needs, in arrays small enough."""
+    draw = random.Random(seed)
+    graph = grid(draw.randint(1, 5), draw.randint(1, 6), parts=draw.randint(1, 3))
+    have = {key for key in graph.stages if draw.random() < 0.3}
+    missing = graph.missing(lambda stage: stage.key in have)
+    live = {stage.key: f"77_{i}" for i, stage in enumerate(missing) if draw.random() < 0.2}
+    found = arrays(tasks(missing, fold, live), live, limit)
+    made = [key for array in found for task in array.tasks for key in task.keys]
+    assert sorted(made + list(live)) == sorted(stage.key for stage in missing)
+    assert all(
+        1 <= len(array.tasks) <= limit and {task.kind for task in array.tasks} == {array.kind} for array in found
+    )
+    for i, array in enumerate(found):
+        for after, element in array.after:
+            assert after < i  # submitted before
+            if element is None:
+                assert len(found[after].tasks) == len(array.tasks)
+        for j, task in enumerate(array.tasks):
+            before = starts_after(found, i, j) | have
+            for at, key in enumerate(task.keys):
+                for need in graph.stages[key].needs:
+                    if need in live:
+                        assert live[need] in array.live
+                    elif need in {stage.key for stage in missing}:
+                        assert need in before or need in task.keys[:at]
+
+
+def test_a_job_waits_for_its_own_branch_only() -> None:
+    found = arrays(todo(grid(4, 6)), {}, 1000)
+    prunes = [(i, array) for i, array in enumerate(found) if array.kind == "prune"]
+    assert sum(len(array.tasks) for _, array in prunes) == 24
+    for i, array in prunes:
+        for j, task in enumerate(array.tasks):
+            source = task.keys[0].split("-")[1]
+            assert {key for key in starts_after(found, i, j) if key.startswith("sel")} == {f"sel-{source}"}
+    assert len(found) < 16  # and not one array a job
+
+
+def test_an_array_is_never_longer_than_the_site_allows() -> None:
+    found = arrays(todo(grid(4, 6)), {}, 5)
+    assert max(len(array.tasks) for array in found) <= 5
+
+
+def sweep_of(graph: Graph, store: Store, folder: Path) -> Sweep:
+    """A sweep of the cells of `graph`."""
+    out = Sweep(folder, str(store.root), ["run.py", "-m"], "", 1, graph=graph)
+    out.overrides = {n: [f"cell={n}"] for n in graph.cells}
+    out.names = {n: {graph.stages[key].name: key for key in keys} for n, keys in graph.cells.items()}
+    return out
+
+
+def test_submission_records_every_job_and_the_report_waits_for_all(tmp_path: Path) -> None:
+    store, cluster = Store(tmp_path / "store"), Recording()
+    sweep = sweep_of(grid(2, 3), store, tmp_path / "sweep")
+    done = submit(sweep, store, cluster, Settings(fold=FOLD))
+    assert done.jobs == 2 + 2 + 6 + 6 and cluster.arrays[-1][0].startswith("ssgr-report")
+    assert cluster.arrays[-1][2] == "afterany:" + ":".join(str(one.job) for one in done.arrays)
+    assert {one.name for one in Records(store.root).read()} == {name for name, *_ in cluster.arrays}
+    assert set(Records(store.root).last()) >= set(sweep.graph.stages)
+    again = read(tmp_path / "sweep")
+    assert again is not None and again.graph == sweep.graph and again.names == sweep.names and again.id == "sweep"
+
+
+def test_live_stages_are_joined_and_finished_ones_left_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    graph = grid(1, 2)
+    store.run("sample", "s", lambda work: None)
+    live = {"g": Queued("12", "RUNNING", "None", "1:00"), "p-c0-w0": Queued("13_1", "PENDING", "Dependency", "0:00")}
+    found = plan(sweep_of(graph, store, tmp_path / "sweep"), store, Settings(fold=FOLD), live)
+    assert found.stored == {"sample": 1} and set(found.live) == {"g", "p-c0-w0"}
+    by_key = {task.keys[0]: array for array in found.arrays for task in array.tasks}
+    assert by_key["sel-c0"].live == ("12",) and by_key["s-c0-w0"].live == ("13_1",)
+    assert "s" not in by_key and "p-c0-w0" not in by_key
+
+
+def test_a_refusal_midway_keeps_what_was_submitted_on_record(tmp_path: Path) -> None:
+    store, cluster = Store(tmp_path / "store"), Recording(refuse_after=2)
+    with pytest.raises(ValueError, match="submit limit reached; what was submitted before goes on"):
+        submit(sweep_of(grid(2, 3), store, tmp_path / "sweep"), store, cluster, Settings(fold=FOLD))
+    assert [one.job for one in Records(store.root).read()] == ["1001", "1002", None]
+
+
+def test_a_stage_that_failed_fails_all_that_need_it_and_no_other() -> None:
+    graph = grid(2, 2)
+    cause = graph.failed_by(["sel-c1"])
+    assert set(cause.values()) == {"sel-c1"}
+    assert {key for key in cause if key.startswith("p-")} == {"p-c1-w0", "p-c1-w1"}
+
+
+def test_resources_are_those_of_the_kind_over_the_default() -> None:
+    given = {
+        "default": {"cpus_per_task": 2, "partition": "cpu", "timeout_min": 30},
+        "prune": {"partition": "gpu", "gpus_per_node": 8},
+    }
+    asked = resources(given, "prune")
+    assert (asked.cpus, asked.gpus, asked.asked["partition"], asked.asked["time"]) == (2, 8, "gpu", 30)
+    assert "OMP_NUM_THREADS=2" in asked.asked["setup"][0]
+    assert resources(given, "grade").gpus == 0 and "gpus_per_node" not in resources(given, "grade").asked
+    with pytest.raises(ValueError, match=r"resources\.grade\.cpus_per_task=0: give a whole number"):
+        resources({"default": {"cpus_per_task": 0}}, "grade")
+
+
+def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:
+    """In seconds: nothing in it is more than linear in the cells (figures in LOG.md)."""
+    store = Store(tmp_path / "store")
+    start = time.perf_counter()
+    cluster = Recording()
+    sweep = sweep_of(grid(100, 100), store, tmp_path / "sweep")
+    done = submit(sweep, store, cluster, Settings(fold=FOLD, max_array=1000))
+    print(
+        f"{len(sweep.graph.stages)} stages, {done.jobs} jobs, {len(done.arrays)} arrays: {time.perf_counter() - start:.1f} s"
+    )
+    assert done.jobs == 2 + 100 + 2 * 10_000
+    assert sum(size for _, size, _ in cluster.arrays) == done.jobs + 1
+    assert len(done.arrays) < 400

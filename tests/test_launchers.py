@@ -1,0 +1,192 @@
+"""Grids in processes of this machine, the status and the store's commands, and what launchers refuse; no scheduler."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, SMALL
+
+from ssgr import status
+from ssgr.graph import Graph, Planned
+from ssgr.queue import Queued, Records, Submitted
+from ssgr.store import Store
+from ssgr.store.__main__ import main as store_main
+from ssgr.sweep import Sweep, read
+
+LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.max_parallel=2", "hydra.launcher.cpus_per_task=1")
+
+
+def command(folder: Path, *overrides: str, code: int = 0) -> str:
+    """What run.py prints of a sweep in `folder`."""
+    place = (f"store.path={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}")
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), *overrides, *SMALL, *place],
+        capture_output=True,
+        text=True,
+        timeout=400,
+        env=env,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
+    """Parts included; a cell whose selection is empty fails alone; a second command does nothing."""
+    grid = ("calib=self,corpus", "pruner=magnitude", "budget.max_row_tokens=8,512")
+    said = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", *grid, code=1)
+    assert "1 of 4 cells failed" in said and "select failed: " in said, said
+    sweep = read(tmp_path / "sweep")
+    assert sweep is not None
+    store = Store(tmp_path / "store")
+    found = status.states(sweep, store, {})
+    kinds = Counter((stage.kind, found[stage.key].state) for stage in sweep.graph.stages.values())
+    assert kinds["select", "failed"] == 1 and kinds["prune", "done"] == 1
+    assert kinds["sample", "done"] == 6 and kinds["gather", "done"] == 3
+    again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", "pruner=magnitude")
+    assert "0 jobs" in again, again
+    alone = command(tmp_path / "alone", "-m", "calib=self,corpus", "pruner=magnitude")
+    for number in ("0", "1"):
+        ours, theirs = (
+            json.loads((folder / "sweep" / number / "result.json").read_text())
+            for folder in (tmp_path, tmp_path / "alone")
+        )
+        assert ours["scores"]["held_out"]["pruned"]["accuracy"] == theirs["scores"]["held_out"]["pruned"]["accuracy"], (
+            alone
+        )
+        assert set(theirs["keys"].items()) <= set(ours["keys"].items())
+
+
+def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path) -> None:
+    said = command(
+        tmp_path, "-m", "hydra/launcher=slurm", "hydra.sweeper._target_=hydra_plugins.optuna.OptunaSweeper", code=1
+    )
+    assert "OptunaSweeper" in said
+
+
+def test_without_slurm_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", str(python))
+    said = command(tmp_path, "-m", "hydra/launcher=slurm", "pruner=magnitude", "calib=corpus", code=1)
+    assert "there is no sbatch on the path: log in to the cluster, or type hydra/launcher=local" in said
+    assert "Traceback" not in said
+    assert not Records(tmp_path / "store").read()
+
+
+def test_a_sweep_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text('{"version": 99}')
+    said = command(tmp_path, *LOCAL, "pruner=magnitude", code=1)
+    assert "its format is 99, this one's is 1" in said and "Traceback" not in said
+
+
+def small(store: Store, folder: Path) -> Sweep:
+    """A sweep of two cells that share a stage."""
+    graph = Graph()
+    for n in range(2):
+        shared, own = Planned("select", "select", "a", ()), Planned("prune", "prune", f"p{n}", ("a",))
+        graph.add(n, [shared, own, Planned("evaluate_pruned.b", "evaluate", f"e{n}", (f"p{n}",))])
+    out = Sweep(folder, str(store.root), [], "", 1, graph=graph)
+    out.overrides = {0: ["x=0"], 1: ["x=1"]}
+    out.names = {n: {graph.stages[key].name: key for key in keys} for n, keys in graph.cells.items()}
+    return out
+
+
+def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    sweep = small(store, tmp_path / "sweep")
+    store.run("select", "a", lambda work: None)
+    Records(store.root).fail("prune", "p0", "the disk is full", "some.log")
+    live = {"p1": Queued("7_1", "PENDING", "Priority", "0:00"), "e1": Queued("8_1", "PENDING", "Dependency", "0:00")}
+    found = status.states(sweep, store, live)
+    assert [found[key].state for key in ("a", "p0", "e0", "p1", "e1")] == [
+        "done",
+        "failed",
+        "waiting",
+        "queued",
+        "queued",
+    ]
+    assert status.cell_state(sweep, found, 0) == "failed: prune: the disk is full (log: some.log)"
+    assert status.cell_state(sweep, found, 1) == "queued: prune (Priority)"
+
+
+def test_status_knows_a_job_that_died_without_a_word(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    sweep = small(store, tmp_path / "sweep")
+    store.run("select", "a", lambda work: None)
+    Records(store.root).write(Submitted("ssgr-prune-1", "prune", (("p0",), ("p1",)), "logs", "55", ended=True))
+    found = status.states(sweep, store, {})
+    assert found["p0"].state == "failed" and "its job 55_0 ended without a result" in found["p0"].why
+    assert found["p0"].log == "logs/55_0_0_log.err" and found["e0"].why == "prune failed"
+
+
+def test_progress_is_seen_from_afar(tmp_path: Path) -> None:
+    import threading
+
+    from ssgr.progress import Progress
+
+    store = Store(tmp_path / "store", heartbeat_seconds=0.05)
+    sweep = small(store, tmp_path / "sweep")
+    go = threading.Event()
+
+    def make(work: Path) -> None:
+        with Progress("prune", 8, shown=False) as progress:
+            progress.step(3)
+            go.wait(20)
+
+    thread = threading.Thread(target=lambda: store.run("prune", "p0", make))
+    thread.start()
+    try:
+        while "3/8" not in status.states(sweep, store, {})["p0"].why and thread.is_alive():
+            pass
+    finally:
+        go.set()
+        thread.join()
+    assert not list((tmp_path / "store" / "prune").glob("*.progress"))
+
+
+def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store, outputs = Store(tmp_path / "store"), tmp_path / "outputs"
+
+    def make(work: Path) -> None:
+        (work / "file").write_text("content")
+
+    store.run("sample", "a", make)
+    store.run("prune", "b", make, inputs={"sample": "a"})
+    store.run("prune", "c", make)
+    (tmp_path / "store" / "prune" / "d.work").mkdir()
+    (outputs / "run").mkdir(parents=True)
+    (outputs / "run" / "result.json").write_text(json.dumps({"keys": {"prune": "b"}}))
+    where = ["--store", str(store.root), "--outputs", str(outputs)]
+    assert store_main(["ls", *where]) == 0
+    assert "prune      2 results" in capsys.readouterr().out
+    assert store_main(["verify", *where]) == 0
+    assert store_main(["gc", *where]) == 0
+    said = capsys.readouterr().out
+    assert "prune/c (result" in said and "d.work" in said and "prune/b (" not in said and "sample/a" not in said
+    assert store_main(["gc", "--delete", *where]) == 0
+    assert sorted(path.name for path in (store.root / "prune").iterdir() if path.is_dir()) == ["b"]
+    (store.root / "sample" / "a" / "file").write_text("CONTENT")
+    assert store_main(["verify", *where]) == 1
+    assert "the sha256 is not that of its manifest" in capsys.readouterr().out
+    assert store_main(["ls", "--store", str(tmp_path / "none")]) == 1
+
+
+def test_a_cell_in_use_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from ssgr.lease import Lease
+
+    store = Store(tmp_path / "store")
+    (store._open("prune") / "d.work").mkdir()
+    lease = Lease(store.root / "prune" / "d", 1.0)
+    assert lease.take(60) is None
+    with lease:
+        assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path)]) == 0
+        assert "in use, kept" in capsys.readouterr().out
+    assert (store.root / "prune" / "d.work").exists()

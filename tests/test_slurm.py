@@ -1,0 +1,335 @@
+"""Grids on a real SLURM: whatever cluster `sbatch` on the path reaches. `make test-slurm` runs these."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, SMALL
+
+from ssgr import status
+from ssgr.queue import Records, Submitted
+from ssgr.store import Store
+from ssgr.sweep import Sweep, read
+
+pytestmark = pytest.mark.slurm
+LIMIT = 420  # seconds that a grid may take before its test fails
+SITE = (  # what a job of the shipped model needs
+    "hydra/launcher=slurm",
+    "hydra.launcher.resources.default.cpus_per_task=1",
+    "hydra.launcher.resources.default.mem_gb=2",
+    "hydra.launcher.resources.report.mem_gb=2",
+    *(f"hydra.launcher.resources.{kind}.gpus_per_node=0" for kind in ("sample", "collect", "prune", "evaluate")),
+)
+
+
+def slurm(*command: str) -> str:
+    """What a command of the scheduler says."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    """A cluster that answers; its queue is empty afterwards."""
+    if shutil.which("sbatch") is None:
+        pytest.skip("there is no sbatch on the path, so no SLURM cluster to submit to")
+    if subprocess.run(["sinfo"], capture_output=True, timeout=60, check=False).returncode:
+        pytest.skip("sbatch is on the path, but its cluster does not answer sinfo")
+    yield
+    subprocess.run(["scancel", "--me"], check=False)
+
+
+class Grid:
+    """A grid in a folder of its own: its command, its store, its sweep."""
+
+    def __init__(self, folder: Path, *overrides: str, sweep: str = "sweep") -> None:
+        self.folder, self.path = folder, folder / sweep
+        self.overrides = [*SMALL, *overrides, f"store.path={folder / 'store'}"]
+        self.store = Store(folder / "store")
+
+    def command(self, *more: str, launcher: tuple[str, ...] = SITE) -> list[str]:
+        """The command of the grid."""
+        place = f"hydra.sweep.dir={self.path}"
+        return [sys.executable, str(ROOT / "run.py"), "-m", *launcher, *self.overrides, place, *more]
+
+    def submit(self, *more: str, code: int = 0) -> str:
+        """Give the command and return what it printed."""
+        done = subprocess.run(self.command(*more), capture_output=True, text=True, timeout=LIMIT, env=ENV, check=False)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    @property
+    def sweep(self) -> Sweep:
+        """What was planned."""
+        found = read(self.path)
+        assert found is not None
+        return found
+
+    @property
+    def records(self) -> list[Submitted]:
+        """What was submitted, reports left out."""
+        return [one for one in Records(self.store.root).read() if one.kind != "report"]
+
+    def states(self) -> dict[str, status.State]:
+        """The state of every stage."""
+        return status.states(self.sweep, self.store, Records(self.store.root).live())
+
+    def wait(self) -> None:
+        """Wait until the queue has no job of this store, the report among them."""
+        until(lambda: not Records(self.store.root).live())
+
+    def key(self, name: str, cell: int = 0) -> str:
+        """The key of a stage of a cell."""
+        return self.sweep.names[cell][name]
+
+    def job(self, key: str) -> str:
+        """The job that is to make a stage."""
+        one, i = Records(self.store.root).last()[key]
+        return one.id(i)
+
+    def work(self, name: str, cell: int = 0) -> Path:
+        """The folder in which a stage is being made."""
+        stage = self.sweep.graph.stages[self.key(name, cell)]
+        return self.store.root / stage.folder / f"{stage.key}.work"
+
+    def complete(self) -> bool:
+        """Whether every cell has its result."""
+        return all((self.sweep.cell(n) / "result.json").exists() for n in self.sweep.overrides)
+
+
+def until(ready: Callable[[], Any], limit: float = LIMIT) -> None:
+    """Wait for something, but not for ever."""
+    end = time.monotonic() + limit
+    while not ready():
+        assert time.monotonic() < end, f"not so after {limit} s: squeue says\n{slurm('squeue')}"
+        time.sleep(0.3)
+
+
+def accounted(jobs: list[str]) -> dict[str, list[str]]:
+    """Every incarnation of jobs in the accounting, with its state."""
+    out: dict[str, list[str]] = {}
+    ids = ",".join({job.partition("_")[0] for job in jobs})
+    for line in slurm("sacct", "-D", "-n", "-P", "-X", "-o", "JobID,State", "-j", ids).splitlines():
+        job, state = line.split("|")[:2]
+        out.setdefault(job, []).append(state.split()[0])
+    return out
+
+
+def manifests(store: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Every result of a store with the checksums of its files; those that hold times are left out."""
+    out = {}
+    for path in store.glob("*/*/manifest.json"):
+        if path.parent.suffix:
+            continue
+        found = json.loads(path.read_text())
+        timed = ("seconds.json", "score.json", "prune.json", "ssgr.json", "README.md")
+        out[found["stage"], found["key"]] = {
+            name: entry["sha256"] for name, entry in found["files"].items() if Path(name).name not in timed
+        }
+    return out
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+GRID = ("calib=corpus,prompts,self,ssgr", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.5,0.6")
+
+
+def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp_path: Path) -> None:
+    """Arrays of at most 5; the driver is killed once some jobs are in the queue, and what it left is joined."""
+    grid = Grid(tmp_path, *GRID)
+    limit = "hydra.launcher.max_array=5"
+    with open(tmp_path / "driver.log", "w") as log:
+        driver = subprocess.Popen(grid.command(limit), stdout=log, stderr=log, env=ENV)
+    until(lambda: driver.poll() is not None or sum(one.job is not None for one in grid.records) >= 3)
+    driver.kill()
+    driver.wait()
+    before = len(grid.records)
+    said = grid.submit(limit)
+    assert "stages are made by jobs that were there before" in said or "nothing was left" in said, said
+    assert before >= 3
+    assert "nothing was left to submit" in grid.submit(limit)
+    grid.wait()
+    assert all(one.state == "done" for one in grid.states().values())
+    assert grid.complete()
+    stages = grid.sweep.graph.stages
+    assert Counter(stage.kind for stage in stages.values())["prune"] == 12 + 3  # magnitude does not listen to a source
+    made = Counter(key for one in grid.records for keys in one.tasks for key in keys)
+    assert made == Counter(stages)  # nothing was submitted twice
+    assert all(len(one.tasks) <= 5 for one in grid.records)
+    jobs = [one.id(i) for one in grid.records for i in range(len(one.tasks))]
+    until(lambda: all(accounted(jobs).get(job) == ["COMPLETED"] for job in jobs), 30)
+    assert {key for _, key in manifests(grid.store.root)} == set(stages)
+
+    alone = Grid(tmp_path / "alone", *GRID)
+    done = subprocess.run(
+        alone.command(launcher=()),
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+        env=ENV,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert manifests(alone.store.root) == manifests(grid.store.root)
+    for number in grid.sweep.overrides:
+        ours, theirs = (json.loads((one.path / str(number) / "result.json").read_text()) for one in (grid, alone))
+        assert ours["keys"] == theirs["keys"] and ours["config"]["sparsity"] == theirs["config"]["sparsity"]
+        for which in ("dense", "pruned"):
+            own, other = (found["scores"]["held_out"][which] for found in (ours, theirs))
+            assert {**own, "seconds": 0, "tokens_per_second": 0} == {**other, "seconds": 0, "tokens_per_second": 0}
+        assert ours["scores"]["held_out"]["difference"] == theirs["scores"]["held_out"]["difference"]
+
+
+LONG = (  # stages that last long enough to be hit in the middle
+    "calib=self",
+    "pruner=wanda",
+    "problems.calibration=96",
+    "problems.test=48",
+    "sampler.engine.batch_size=16",
+    "bench.engine.batch_size=8",
+    "budget.tokens=30000",
+    "hydra.launcher.resources.default.signal_delay_s=20",
+)
+
+
+def parts(grid: Grid, name: str, cell: int = 0) -> int:
+    """Batches of a sample that are on the disk."""
+    return len(list(grid.work(name, cell).glob("parts/*.parquet")))
+
+
+def rows(grid: Grid, name: str, cell: int = 0) -> int:
+    """Traces of a sample that are on the disk."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(file).num_rows for file in grid.work(name, cell).glob("parts/*.parquet"))
+
+
+def logs(grid: Grid) -> str:
+    """What all jobs wrote."""
+    return "\n".join(file.read_text() for file in sorted((grid.path / "jobs").glob("*_log.err")))
+
+
+def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_path: Path) -> None:
+    """SIGKILL in the middle of sampling, of pruning and of evaluating; scancel of one more."""
+    grid = Grid(tmp_path, *LONG, "sparsity.ratio=0.3,0.5,0.6")
+    grid.submit()
+    # sampling: killed
+    until(lambda: parts(grid, "sample") >= 2)
+    slurm("scancel", "--signal=KILL", grid.job(grid.key("sample")))
+    until(lambda: grid.key("sample") not in Records(grid.store.root).live())
+    kept = {"sample": rows(grid, "sample")}
+    grid.wait()
+    found = grid.states()
+    assert found[grid.key("sample")].state == "failed" and "ended without a result" in found[grid.key("sample")].why
+    assert found[grid.key("prune")].why == "sample failed"
+    grid.submit()
+    until(lambda: (grid.work("prune") / "blocks.json").exists() or grid.work("prune").with_suffix("").exists())
+    slurm("scancel", "--signal=KILL", grid.job(grid.key("prune")))
+    until(lambda: parts(grid, "sample_pruned.held_out", 1) >= 1)
+    slurm("scancel", "--signal=KILL", grid.job(grid.key("sample_pruned.held_out", 1)))
+    until(lambda: grid.key("sample_pruned.held_out", 1) not in Records(grid.store.root).live())
+    kept["sample_pruned.held_out"] = rows(grid, "sample_pruned.held_out", 1)
+    slurm("scancel", grid.job(grid.key("sample_pruned.held_out", 2)))
+    grid.wait()
+    grid.submit()
+    grid.wait()
+    assert grid.complete()
+    for name, count in kept.items():
+        assert count > 0 and f" {count}/" in logs(grid), name  # the progress of the second job begins there
+    if "prune" in kept:
+        assert kept["prune"] > 0
+
+
+def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
+    """`scontrol requeue` in the middle of sampling, then a node set down under a job: the grid ends by itself."""
+    grid = Grid(tmp_path, *LONG)
+    grid.submit()
+    until(lambda: parts(grid, "sample") >= 2)
+    slurm("scontrol", "requeue", grid.job(grid.key("sample")))
+    until(lambda: parts(grid, "sample_pruned.held_out") >= 1)
+    job = grid.job(grid.key("sample_pruned.held_out"))
+    node = slurm("squeue", "-h", "-o", "%N", "-j", job).strip()
+    slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+    try:
+        grid.wait()
+    finally:
+        subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
+    assert grid.complete()
+    again = {job: states for job, states in accounted([grid.job(grid.key("sample")), job]).items() if len(states) > 1}
+    assert len(again) == 2, again
+
+
+def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
+    """Jobs are told before their time is up, put themselves back in the queue and go on."""
+    more = (
+        "problems.calibration=400",
+        "hydra.launcher.resources.sample.timeout_min=1",
+        "hydra.launcher.resources.sample.signal_delay_s=30",
+    )
+    grid = Grid(tmp_path, *LONG, *(one for one in more if not one.startswith("hydra")))
+    grid.submit(
+        *(f"+{one}" if "signal" in one or "sample.timeout" in one else one for one in more if one.startswith("hydra"))
+    )
+    grid.wait()
+    assert grid.complete()
+    job = grid.job(grid.key("sample"))
+    assert len(accounted([job])[job]) > 1, "it was never put back in the queue, so this test shows nothing"
+
+
+def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
+    """At the same moment, into one store."""
+    one = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.3,0.5", sweep="one")
+    other = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.5,0.6", sweep="other")
+    drivers = [
+        subprocess.Popen(grid.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
+        for grid in (one, other)
+    ]
+    said = [driver.communicate(timeout=LIMIT)[0] for driver in drivers]
+    assert [driver.returncode for driver in drivers] == [0, 0], said
+    one.wait()
+    assert one.complete() and other.complete()
+    made = Counter(key for record in one.records for keys in record.tasks for key in keys)
+    assert made == Counter({**one.sweep.graph.stages, **other.sweep.graph.stages})
+
+
+def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
+    """One that cannot be planned, and one whose selection is empty when it is made."""
+    grid = Grid(tmp_path, "pruner=wanda", "calib=corpus,ssgr", "budget.max_row_tokens=512,8")
+    said = grid.submit("hydra.launcher.wait=true", code=1)
+    assert "2 of 4 cells failed" in said or "1 of 4 cells failed" in said, said
+    assert (grid.path / "0" / "result.json").exists()
+    table = subprocess.run(
+        [sys.executable, "-m", "ssgr.status", str(grid.path)], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert table.returncode == 1 and "failed: select:" in table.stdout, table.stdout
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("hydra.launcher.resources.default.partition=nowhere", "nvalid partition"),
+        ("hydra.launcher.resources.default.mem_gb=900000", "SLURM refuses jobs of kind"),
+        ("hydra.launcher.resources.default.cpus_per_task=0", "give a whole number of at least 1"),
+        ("+hydra.launcher.resources.prun.mem_gb=2", "no such kind of stage; valid are"),
+    ],
+)
+def test_what_the_site_refuses_is_one_sentence_and_nothing_is_submitted(tmp_path: Path, wrong: str, said: str) -> None:
+    grid = Grid(tmp_path, "calib=corpus", "pruner=magnitude")
+    out = grid.submit(wrong, code=1)
+    assert said in out and "Traceback" not in out, out
+    assert not grid.records
+
+
+def test_a_dry_run_shows_the_graph_and_submits_nothing(tmp_path: Path) -> None:
+    grid = Grid(tmp_path, "calib=corpus", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.5")
+    out = grid.submit("hydra.launcher.dry_run=true")
+    assert "4 cells" in out and "prune" in out and "dry run: nothing was submitted" in out, out
+    assert not grid.records and not (grid.path / "sweep.json").exists()
