@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launchers.work import THREADS
+from ssgr.queue import Submitted
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
@@ -82,6 +83,10 @@ class Cluster(Protocol):
         Raises:
             ValueError: it was refused.
         """
+        ...
+
+    def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
+        """Let element `i` find what it is to do, where a driver died before it had written that."""
         ...
 
     def cancel(self, jobs: Sequence[str]) -> None:
@@ -157,6 +162,16 @@ class Slurm:
             return str(jobs[0].job_id).partition("_")[0]
         except (FailedJobError, FailedSubmissionError) as error:
             raise ValueError(f"SLURM refused {name}: {_last(error)}") from error
+
+    def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
+        """Write the pickle that submitit writes after `sbatch` has told it the id."""
+        from submitit.core.utils import DelayedSubmission, JobPaths
+
+        file = JobPaths(one.folder, one.id(i)).submitted_pickle
+        if not file.exists():
+            submission = DelayedSubmission(work)
+            submission.set_timeout(asked.asked.get("time", 5), self.max_timeouts)
+            submission.dump(file)
 
     def cancel(self, jobs: Sequence[str]) -> None:
         """scancel."""

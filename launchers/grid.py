@@ -146,8 +146,8 @@ def _cell(
     with open_dict(cfg):
         cfg.hydra.job.id = cfg.hydra.job.num = number
     hydra_cfg = OmegaConf.masked_copy(cfg, "hydra")
-    task = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
-    sweep.overrides[number] = [str(one) for one in filter_overrides(list(overrides))]
+    task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+    sweep.overrides[number] = list(filter_overrides(list(overrides)))
     try:
         container = OmegaConf.to_container(task, resolve=True)
         if task.shard is not None:
@@ -194,12 +194,7 @@ def _announce(sweep: Sweep, done: Submission) -> None:
 
 def _dry(sweep: Sweep, store: Store, cut: Settings, kind: str) -> None:
     """Print what would be done."""
-    try:
-        live = Records(store.root).live() if kind == "slurm" else {}
-    except ValueError as error:
-        live = {}
-        print(f"the queue is not known: {error}")
-    found = plan(sweep, store, cut, live)
+    found = plan(sweep, store, cut, (status.live(store) if kind == "slurm" else None) or {})
     shapes = kinds(found, cut) if kind == "slurm" else {}
     table = Table(
         title=f"{len(sweep.overrides)} cells, {len(sweep.graph.stages)} unique stages", title_justify="left", box=None

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from launchers.arrays import Array, Task, arrays, tasks
+from launchers.arrays import Array, arrays, tasks
 from launchers.cluster import Cluster, Resources, resources
 from launchers.work import Report, Work
 from ssgr.graph import KINDS, Stage
@@ -91,6 +91,8 @@ def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings, bef
     """
     records = Records(store.root)
     with store.alone(FOLDER):
+        for lost in records.settle():
+            _mend(sweep, cluster, lost, resources(settings.resources, lost.kind))
         live = records.live()
         found = plan(sweep, store, settings, live)
         shapes = kinds(found, settings)
@@ -104,7 +106,7 @@ def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings, bef
         done: list[Submitted] = []
         for array in found.arrays:
             asked = shapes[array.kind]
-            works = [_work(sweep, task, asked.cpus) for task in array.tasks]
+            works = [_work(sweep, task.keys, asked.cpus) for task in array.tasks]
             for task in array.tasks:
                 for key in task.keys:
                     records.forgive(sweep.graph.stages[key].folder, key)
@@ -144,8 +146,17 @@ def _submitted(
     return one
 
 
-def _work(sweep: Sweep, task: Task, cpus: int) -> Work:
-    return Work(sweep.cell(task.cell) / CONFIG, Path(sweep.store), task.keys, sweep.parts, cpus)
+def _work(sweep: Sweep, keys: tuple[str, ...], cpus: int) -> Work:
+    return Work(sweep.cell(sweep.graph.stages[keys[0]].cell) / CONFIG, Path(sweep.store), keys, sweep.parts, cpus)
+
+
+def _mend(sweep: Sweep, cluster: Cluster, lost: Submitted, asked: Resources) -> None:
+    """Give jobs of a driver that died what they are to do, as far as this sweep knows it; others end, and are retried."""
+    for i, keys in enumerate(lost.tasks):
+        if lost.kind == REPORT:
+            cluster.give(lost, i, Report(Path(lost.folder).parent), asked)
+        elif all(key in sweep.graph.stages for key in keys):
+            cluster.give(lost, i, _work(sweep, keys, asked.cpus), asked)
 
 
 def _dependency(array: Array, done: Sequence[Submitted]) -> str | None:

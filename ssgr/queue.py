@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -85,10 +85,6 @@ class Records:
         folder.mkdir(exist_ok=True)
         write_json(folder / f"{one.name}.json", asdict(one))
 
-    def drop(self, one: Submitted) -> None:
-        """Forget what was never submitted."""
-        (self.root / FOLDER / f"{one.name}.json").unlink(missing_ok=True)
-
     def read(self) -> list[Submitted]:
         """All records, the latest last."""
         found = []
@@ -99,26 +95,41 @@ class Records:
         return sorted(found, key=lambda one: one.when)
 
     def live(self) -> dict[str, Queued]:
-        """Every stage that a job in the queue makes or will make; records of what has left the queue are marked."""
-        opened = [one for one in self.read() if not one.ended]
-        queue = squeue(one.name for one in opened)
+        """Every stage that a job in the queue makes or will make.
+
+        Raises:
+            ValueError: the scheduler does not answer.
+        """
         out: dict[str, Queued] = {}
-        for one in opened:
-            jobs = queue.get(one.name, [])
-            if not jobs:
-                if one.job is None:
-                    self.drop(one)
-                else:
-                    self.write(Submitted(**{**asdict(one), "tasks": one.tasks, "ended": True}))
-                continue
-            if one.job is None:
-                one = Submitted(**{**asdict(one), "tasks": one.tasks, "job": jobs[0].job.partition("_")[0]})
-                self.write(one)
+        for one, jobs in self._queue():
+            one = one if one.job or not jobs else replace(one, job=_array(jobs))
             by_id = {job.job: job for job in jobs}
             for i, keys in enumerate(one.tasks):
                 if (job := by_id.get(one.id(i))) is not None:
                     out |= dict.fromkeys(keys, job)
         return out
+
+    def settle(self) -> list[Submitted]:
+        """Mark what has left the queue, and return what a driver submitted that died before it could note the id.
+
+        Raises:
+            ValueError: the scheduler does not answer.
+        """
+        found = []
+        for one, jobs in self._queue():
+            if jobs and one.job is None:
+                found.append(replace(one, job=_array(jobs)))
+                self.write(found[-1])
+            elif not jobs and one.job is None:
+                (self.root / FOLDER / f"{one.name}.json").unlink(missing_ok=True)
+            elif not jobs:
+                self.write(replace(one, ended=True))
+        return found
+
+    def _queue(self) -> list[tuple[Submitted, list[Queued]]]:
+        opened = [one for one in self.read() if not one.ended]
+        queue = squeue(one.name for one in opened)
+        return [(one, queue.get(one.name, [])) for one in opened]
 
     def last(self) -> dict[str, tuple[Submitted, int]]:
         """For every stage the last job that was to make it."""
@@ -144,6 +155,11 @@ class Records:
 
     def _failure(self, stage: str, key: str) -> Path:
         return self.root / stage / f"{key}.failed"
+
+
+def _array(jobs: Sequence[Queued]) -> str:
+    """The id of the array that `jobs` are elements of."""
+    return jobs[0].job.partition("_")[0]
 
 
 def squeue(names: Iterable[str]) -> dict[str, list[Queued]]:

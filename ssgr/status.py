@@ -34,8 +34,8 @@ class State:
     log: str = ""
 
 
-def states(sweep: sweeps.Sweep, store: Store, live: Mapping[str, Queued]) -> dict[str, State]:
-    """The state of every stage of a sweep; `live` are those that jobs make."""
+def states(sweep: sweeps.Sweep, store: Store, live: Mapping[str, Queued] | None) -> dict[str, State]:
+    """The state of every stage of a sweep; `live` are those that jobs make, None where that cannot be known."""
     records = Records(store.root)
     last = records.last()
     out: dict[str, State] = {}
@@ -46,13 +46,13 @@ def states(sweep: sweeps.Sweep, store: Store, live: Mapping[str, Queued]) -> dic
             out[key] = State("done", seconds=found.run.seconds)
         elif beat is not None:
             out[key] = State("running", beat)
-        elif key in live:
+        elif live is not None and key in live:
             running = live[key].state == "RUNNING"
             out[key] = State("running", "starting") if running else State("queued", live[key].reason)
         elif (failure := records.failure(stage.folder, key)) is not None:
             out[key] = State("failed", failure.error, log=failure.log)
         else:
-            if key in last and last[key][0].ended:
+            if live is not None and key in last:
                 one, i = last[key]
                 lost[key] = one.id(i)
                 out[key] = State("waiting", log=str(one.log(i)))
@@ -178,14 +178,14 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if bad else 0
 
 
-def live(store: Store) -> dict[str, Queued]:
-    """The stages that jobs make; none where there is no scheduler."""
+def live(store: Store) -> dict[str, Queued] | None:
+    """The stages that jobs make; None where there is no scheduler."""
     try:
         return Records(store.root).live()
     except ValueError as error:
         if Records(store.root).read():
             print(f"the queue is not known ({error})", file=sys.stderr)
-        return {}
+        return None
 
 
 if __name__ == "__main__":

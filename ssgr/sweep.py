@@ -44,8 +44,9 @@ class Sweep:
         return self.folder / str(number)
 
     def label(self, number: int) -> str:
-        """A cell's overrides on one line."""
-        return ",".join(self.overrides[number]) or "defaults"
+        """The overrides that tell a cell from the others, on one line."""
+        every = set.intersection(*map(set, self.overrides.values())) if len(self.overrides) > 1 else set()
+        return ",".join(one for one in self.overrides[number] if one not in every) or "defaults"
 
     def config(self, number: int) -> dict[str, Any]:
         """What a cell was composed to."""

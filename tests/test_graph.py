@@ -15,7 +15,7 @@ from launchers.arrays import Array, Task, arrays, tasks
 from launchers.cluster import Resources, resources
 from launchers.submit import Settings, plan, submit
 from ssgr.graph import Graph, Planned
-from ssgr.queue import Queued, Records
+from ssgr.queue import Queued, Records, Submitted
 from ssgr.store import Store
 from ssgr.sweep import Sweep, read
 
@@ -68,6 +68,7 @@ class Recording:
         self.work: list[Any] = []
         self.checked: Mapping[str, Resources] = {}
         self.cancelled: list[str] = []
+        self.given: list[tuple[str, tuple[str, ...]]] = []
         self.refuse_after = refuse_after
 
     def check(self, kinds: Mapping[str, Resources]) -> None:
@@ -87,6 +88,9 @@ class Recording:
         self.arrays.append((name, len(work), dependency))
         self.work += work
         return str(1000 + len(self.arrays))
+
+    def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
+        self.given.append((one.id(i), work.keys))
 
     def cancel(self, jobs: Sequence[str]) -> None:
         self.cancelled += jobs
@@ -209,6 +213,24 @@ def test_live_stages_are_joined_and_finished_ones_left_alone(tmp_path: Path) -> 
     by_key = {task.keys[0]: array for array in found.arrays for task in array.tasks}
     assert by_key["sel-c0"].live == ("12",) and by_key["s-c0-w0"].live == ("13_1",)
     assert "s" not in by_key and "p-c0-w0" not in by_key
+
+
+def test_jobs_of_a_driver_that_died_are_found_by_name_and_told_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, cluster = Store(tmp_path / "store"), Recording()
+    records = Records(store.root)
+    records.write(Submitted("ssgr-prune-a", "prune", (("p-c0-w0",), ("p-c0-w1",)), "logs"))
+    records.write(Submitted("ssgr-prune-b", "prune", (("p-c1-w0",),), "logs"))  # sbatch never got it
+    queue = {
+        "ssgr-prune-a": [Queued("12_0", "RUNNING", "None", "0:01"), Queued("12_1", "PENDING", "Resources", "0:00")]
+    }
+    monkeypatch.setattr("ssgr.queue.squeue", lambda names: {name: queue[name] for name in names if name in queue})
+    done = submit(sweep_of(grid(2, 2), store, tmp_path / "sweep"), store, cluster, Settings(fold=FOLD))
+    assert cluster.given == [("12_0", ("p-c0-w0",)), ("12_1", ("p-c0-w1",))]
+    assert set(done.plan.live) == {"p-c0-w0", "p-c0-w1"}
+    assert "ssgr-prune-b" not in {one.name for one in records.read()}
+    assert any("afterok:12_0" in (after or "") for _, _, after in cluster.arrays)
 
 
 def test_a_refusal_midway_keeps_what_was_submitted_on_record(tmp_path: Path) -> None:

@@ -50,9 +50,10 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
     kinds = Counter((stage.kind, found[stage.key].state) for stage in sweep.graph.stages.values())
     assert kinds["select", "failed"] == 1 and kinds["prune", "done"] == 1
     assert kinds["sample", "done"] == 6 and kinds["gather", "done"] == 3
-    again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", "pruner=magnitude")
+    same = ("pruner=magnitude", "budget.max_row_tokens=512")
+    again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
     assert "0 jobs" in again, again
-    alone = command(tmp_path / "alone", "-m", "calib=self,corpus", "pruner=magnitude")
+    alone = command(tmp_path / "alone", "-m", "calib=self,corpus", *same)
     for number in ("0", "1"):
         ours, theirs = (
             json.loads((folder / "sweep" / number / "result.json").read_text())
@@ -121,7 +122,7 @@ def test_status_knows_a_job_that_died_without_a_word(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     sweep = small(store, tmp_path / "sweep")
     store.run("select", "a", lambda work: None)
-    Records(store.root).write(Submitted("ssgr-prune-1", "prune", (("p0",), ("p1",)), "logs", "55", ended=True))
+    Records(store.root).write(Submitted("ssgr-prune-1", "prune", (("p0",), ("p1",)), "logs", "55"))
     found = status.states(sweep, store, {})
     assert found["p0"].state == "failed" and "its job 55_0 ended without a result" in found["p0"].why
     assert found["p0"].log == "logs/55_0_0_log.err" and found["e0"].why == "prune failed"
