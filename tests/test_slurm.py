@@ -83,6 +83,17 @@ class Grid:
         """The state of every stage."""
         return status.states(self.sweep, self.store, Records(self.store.root).live())
 
+    def reach(self, ready: Callable[[], Any]) -> None:
+        """Wait for something that a job of the grid is to do, as long as it has any."""
+
+        def seen() -> bool:
+            if ready():
+                return True
+            assert Records(self.store.root).live() or ready(), {k: one for k, one in self.states().items() if one.why}
+            return False
+
+        until(seen)
+
     def wait(self) -> None:
         """Wait until the queue has no job of this store, the report among them."""
         until(lambda: not Records(self.store.root).live())
@@ -111,7 +122,7 @@ def until(ready: Callable[[], Any], limit: float = LIMIT) -> None:
     end = time.monotonic() + limit
     while not ready():
         assert time.monotonic() < end, f"not so after {limit} s: squeue says\n{slurm('squeue')}"
-        time.sleep(0.3)
+        time.sleep(0.1)
 
 
 def accounted(jobs: list[str]) -> dict[str, list[str]]:
@@ -192,10 +203,10 @@ LONG = (  # stages that last long enough to be hit in the middle
     "calib=self",
     "pruner=wanda",
     "problems.calibration=96",
-    "problems.test=48",
+    "problems.test=128",
     "sampler.engine.batch_size=16",
-    "bench.engine.batch_size=8",
-    "budget.tokens=30000",
+    "bench.engine.batch_size=4",
+    "budget.tokens=20000",
     "hydra.launcher.resources.default.signal_delay_s=20",
 )
 
@@ -221,40 +232,41 @@ def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_p
     """SIGKILL in the middle of sampling, of pruning and of evaluating; scancel of one more."""
     grid = Grid(tmp_path, *LONG, "sparsity.ratio=0.3,0.4,0.5")
     grid.submit()
-    # sampling: killed
-    until(lambda: parts(grid, "sample") >= 2)
-    slurm("scancel", "--signal=KILL", grid.job(grid.key("sample")))
-    until(lambda: grid.key("sample") not in Records(grid.store.root).live())
-    kept = {"sample": rows(grid, "sample")}
-    grid.wait()
-    found = grid.states()
-    assert found[grid.key("sample")].state == "failed" and "ended without a result" in found[grid.key("sample")].why
-    assert found[grid.key("prune")].why == "sample failed"
-    grid.submit()
-    until(lambda: (grid.work("prune") / "blocks.json").exists() or grid.work("prune").with_suffix("").exists())
-    slurm("scancel", "--signal=KILL", grid.job(grid.key("prune")))
-    until(lambda: parts(grid, "sample_pruned.held_out", 1) >= 1)
-    slurm("scancel", "--signal=KILL", grid.job(grid.key("sample_pruned.held_out", 1)))
-    until(lambda: grid.key("sample_pruned.held_out", 1) not in Records(grid.store.root).live())
+    kept = {}
+
+    def kill(name: str, cell: int, begun: Callable[[], Any]) -> None:
+        grid.reach(begun)
+        slurm("scancel", "--signal=KILL", f"{grid.job(grid.key(name, cell))}.0")  # the step: its process gets no time
+        until(lambda: grid.key(name, cell) not in Records(grid.store.root).live())
+
+    kill("sample_dense.held_out", 0, lambda: parts(grid, "sample_dense.held_out") >= 2)
+    kept["sample_dense.held_out"] = rows(grid, "sample_dense.held_out")
+    kill("prune", 0, lambda: (grid.work("prune") / "blocks.json").exists())
+    kept["prune wanda"] = len(json.loads((grid.work("prune") / "blocks.json").read_text())["blocks"])
+    kill("sample_pruned.held_out", 1, lambda: parts(grid, "sample_pruned.held_out", 1) >= 1)
     kept["sample_pruned.held_out"] = rows(grid, "sample_pruned.held_out", 1)
     slurm("scancel", grid.job(grid.key("sample_pruned.held_out", 2)))
     grid.wait()
+    found = grid.states()
+    lost = found[grid.key("prune")]
+    assert lost.state == "failed" and "ended without a result" in lost.why, lost
+    assert found[grid.key("sample_pruned.held_out")].why == "prune failed"
+    assert not grid.complete()
     grid.submit()
     grid.wait()
     assert grid.complete()
-    for name, count in kept.items():
-        assert count > 0 and f" {count}/" in logs(grid), name  # the progress of the second job begins there
-    if "prune" in kept:
-        assert kept["prune"] > 0
+    for name, count in kept.items():  # the progress of the second job begins where the first one's pieces end
+        begun = [line for line in logs(grid).replace("\r", "\n").splitlines() if line.startswith(name)]
+        assert count > 0 and any(f" {count}/" in line for line in begun), (name, count, begun)
 
 
 def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
     """`scontrol requeue` in the middle of sampling, then a node set down under a job: the grid ends by itself."""
     grid = Grid(tmp_path, *LONG)
     grid.submit()
-    until(lambda: parts(grid, "sample") >= 2)
+    grid.reach(lambda: parts(grid, "sample") >= 2)
     slurm("scontrol", "requeue", grid.job(grid.key("sample")))
-    until(lambda: parts(grid, "sample_pruned.held_out") >= 1)
+    grid.reach(lambda: parts(grid, "sample_pruned.held_out") >= 1)
     job = grid.job(grid.key("sample_pruned.held_out"))
     node = slurm("squeue", "-h", "-o", "%N", "-j", job).strip()
     slurm("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
