@@ -41,23 +41,23 @@ def tasks(missing: Sequence[Stage], fold: Mapping[str, str], live: Mapping[str, 
         if stage.key in live:
             continue
         needs = [need for need in stage.needs if need in absent]
-        before = fold.get(stage.kind)
-        if len(needs) == 1 and needs[0] in home and before is not None and kinds[needs[0]] in _alike(before):
-            home[stage.key] = home[needs[0]]
-            chains[home[needs[0]]].append(stage)
+        chain = chains.get(home.get(needs[0], "")) if len(needs) == 1 else None
+        # of one cell, as a job builds one: a second grader of the same traces is a job of its own
+        if chain and kinds[needs[0]] in _alike(fold.get(stage.kind)) and chain[0].cell == stage.cell:
+            home[stage.key] = chain[0].key
+            chain.append(stage)
         else:
             home[stage.key] = stage.key
             chains[stage.key] = [stage]
     out = []
-    for first, chain in chains.items():
+    for chain in chains.values():
         own = {stage.key for stage in chain}
         needs_ = frozenset(need for stage in chain for need in stage.needs if need in absent and need not in own)
         out.append(Task(chain[0].kind, tuple(stage.key for stage in chain), chain[0].cell, needs_))
-        assert out[-1].id == first
     return out
 
 
-def _alike(kind: str) -> tuple[str, ...]:
+def _alike(kind: str | None) -> tuple[str | None, ...]:
     """A whole sample is gathered where it is cut in parts."""
     return ("sample", "gather") if kind == "sample" else (kind,)
 

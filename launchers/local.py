@@ -5,18 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import submitit
 import torch
 
 from launchers.arrays import Task, tasks
-from launchers.submit import LOGS, Settings
-from launchers.work import Work
+from launchers.submit import LOGS, Settings, work_of
 from ssgr.progress import Progress
 from ssgr.queue import Records
 from ssgr.store import Store
-from ssgr.sweep import CONFIG, Sweep
+from ssgr.sweep import Sweep
 
 _POLL = 0.2  # seconds
 
@@ -77,8 +75,7 @@ def _start(sweep: Sweep, task: Task, slot: int, threads: int, timeout_min: int) 
     gpus = torch.cuda.device_count()
     visible = {"gpus_per_node": 1, "visible_gpus": (slot % gpus,)} if gpus else {}
     executor.update_parameters(timeout_min=timeout_min, **visible)
-    work = Work(sweep.cell(task.cell) / CONFIG, Path(sweep.store), task.keys, sweep.parts, threads)
-    return executor.submit(work)
+    return executor.submit(work_of(sweep, task.keys, threads))
 
 
 def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submitit.Job[None]) -> None:

@@ -106,7 +106,7 @@ def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings, bef
         done: list[Submitted] = []
         for array in found.arrays:
             asked = shapes[array.kind]
-            works = [_work(sweep, task.keys, asked.cpus) for task in array.tasks]
+            works = [work_of(sweep, task.keys, asked.cpus) for task in array.tasks]
             for task in array.tasks:
                 for key in task.keys:
                     records.forgive(sweep.graph.stages[key].folder, key)
@@ -146,8 +146,10 @@ def _submitted(
     return one
 
 
-def _work(sweep: Sweep, keys: tuple[str, ...], cpus: int) -> Work:
-    return Work(sweep.cell(sweep.graph.stages[keys[0]].cell) / CONFIG, Path(sweep.store), keys, sweep.parts, cpus)
+def work_of(sweep: Sweep, keys: tuple[str, ...], cpus: int) -> Work:
+    """What the job does that makes `keys`."""
+    stages = tuple(sweep.graph.stages[key] for key in keys)
+    return Work(sweep.cell(stages[0].cell) / CONFIG, Path(sweep.store), stages, sweep.parts, cpus)
 
 
 def _mend(sweep: Sweep, cluster: Cluster, lost: Submitted, asked: Resources) -> None:
@@ -156,7 +158,7 @@ def _mend(sweep: Sweep, cluster: Cluster, lost: Submitted, asked: Resources) -> 
         if lost.kind == REPORT:
             cluster.give(lost, i, Report(Path(lost.folder).parent), asked)
         elif all(key in sweep.graph.stages for key in keys):
-            cluster.give(lost, i, _work(sweep, keys, asked.cpus), asked)
+            cluster.give(lost, i, work_of(sweep, keys, asked.cpus), asked)
 
 
 def _dependency(array: Array, done: Sequence[Submitted]) -> str | None:

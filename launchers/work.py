@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from submitit.helpers import DelayedSubmission
 
+from ssgr.graph import Stage
+
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Make the stages `keys` of the cell whose configuration lies in `config`."""
+    """Make `stages` of the cell whose configuration lies in `config`."""
 
     config: Path
     store: Path
-    keys: tuple[str, ...]
+    stages: tuple[Stage, ...]
     parts: int
     cpus: int
 
@@ -38,26 +39,26 @@ class Work:
         from launchers.experiment import build
         from ssgr import pipeline
         from ssgr.queue import Records
-        from ssgr.store import Store
+        from ssgr.store import Artefact, Store
 
         store = Store(self.store)
         records = Records(store.root)
-        experiment = build(OmegaConf.create(json.loads(self.config.read_text())))
-        names = {one.key: one for one in pipeline.plan(experiment, store, self.parts)}
-        for key in self.keys:
-            stage = names[key].stage if key in names else "gone"
-            try:
-                made = pipeline.make(experiment, store, key, self.parts)
-            except Exception as error:
-                said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                records.fail(stage, key, said, str(_log()))
-                print(f"[ERROR] {names[key].name if key in names else key}: {said}", file=sys.stderr)
-                if not isinstance(error, ValueError):
-                    traceback.print_exc()
-                raise
-            records.forgive(stage, key)
+        left = list(self.stages)
+
+        def done(made: Artefact) -> None:
+            stage = left.pop(0)
+            records.forgive(stage.folder, stage.key)
             how = "was there" if made.run.cached else f"{made.run.seconds:.1f} s, {made.run.peak_rss_mib:.0f} MiB"
-            print(f"{names[key].name}: {stage}/{key} ({how})", file=sys.stderr)
+            print(f"{stage.name}: {stage.folder}/{stage.key} ({how})", file=sys.stderr)
+
+        try:
+            experiment = build(OmegaConf.create(json.loads(self.config.read_text())))
+            pipeline.make(experiment, store, [stage.key for stage in left], self.parts, done)
+        except Exception as error:
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            records.fail(left[0].folder, left[0].key, said, str(_log()))
+            print(f"[ERROR] {left[0].name}: {said}", file=sys.stderr)
+            raise
 
     def checkpoint(self) -> DelayedSubmission:
         """After a preemption or a time limit: the same again, which goes on where this one was."""

@@ -151,21 +151,29 @@ def plan(experiment: Experiment, store: Store, parts: int = 1) -> list[Planned]:
     return flow.planned
 
 
-def make(experiment: Experiment, store: Store, key: str, parts: int = 1) -> Artefact:
-    """Make the stage `key` of `plan(experiment, store, parts)`; all that it needs must be in the store.
+def make(
+    experiment: Experiment,
+    store: Store,
+    keys_: Sequence[str],
+    parts: int = 1,
+    done: Callable[[Artefact], None] = lambda _: None,
+) -> None:
+    """Make the stages `keys_` of `plan(experiment, store, parts)`, in their order; all else that they need must be in the store.
+
+    `done` hears of each that is there.
 
     Raises:
-        ValueError: what it needs is not there, no stage of the cell has this key, or a setting cannot work.
+        ValueError: what one needs is not there, no stage of the cell has this key, or a setting cannot work.
     """
     flow = _opened(experiment, store, parts)
-    flow.shelf = _Only(store, key, flow)
+    flow.shelf = shelf = _Only(store, list(keys_), flow, done)
     try:
         flow.walk()
-    except _Made as made:
-        return made.artefact
+    except _AllMade:
+        return
     raise ValueError(
-        f"no stage of this cell is called {key} any more: the code, the model or the problems changed since it was planned; "
-        "give the command of the sweep again"
+        f"no stage of this cell is called {shelf.left[0]} any more: the code, the model or the problems changed since it was "
+        "planned; give the command of the sweep again"
     )
 
 
@@ -241,30 +249,33 @@ class _Blank:
         return Artefact(self.root / stage / key, key, stage, StageRun(0.0, False, 0.0))
 
 
-class _Made(Exception):
-    def __init__(self, artefact: Artefact) -> None:
-        super().__init__(artefact.key)
-        self.artefact = artefact
+class _AllMade(Exception):
+    """Nothing is left to make."""
 
 
 class _Only(_Blank):
-    """A shelf on which only the stage `key` is made, of what must be there."""
+    """A shelf on which only the stages `left` are made, of what must be there."""
 
-    def __init__(self, store: Store, key: str, flow: _Flow) -> None:
+    def __init__(self, store: Store, left: list[str], flow: _Flow, done: Callable[[Artefact], None]) -> None:
         super().__init__(store.root)
-        self.store, self.key, self.flow = store, key, flow
+        self.store, self.left, self.flow, self.done = store, left, flow, done
 
     def run(self, stage: str, key: str, make: Callable[[Path], None], **manifest: Any) -> Artefact:
-        if key != self.key:
+        if key not in self.left:
             return super().run(stage, key, make)
-        needs = self.flow.planned[-1].needs
+        own = self.flow.planned[-1]
         for one in self.flow.planned:
-            if one.key in needs and self.store.find(one.stage, one.key, checksums=True) is None:
+            if one.key in own.needs and self.store.find(one.stage, one.key, checksums=True) is None:
                 raise ValueError(
-                    f"{self.flow.planned[-1].name} needs {one.name}, and the store has no {one.stage}/{one.key}: it failed or "
-                    "did not run; give the command of the sweep again"
+                    f"{own.name} needs {one.name}, and the store has no {one.stage}/{one.key}: it failed or did not run; give "
+                    "the command of the sweep again"
                 )
-        raise _Made(self.store.run(stage, key, make, **manifest))
+        artefact = self.store.run(stage, key, make, **manifest)
+        self.done(artefact)
+        self.left.remove(key)
+        if not self.left:
+            raise _AllMade
+        return artefact
 
 
 class _Flow:

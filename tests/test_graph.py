@@ -90,7 +90,7 @@ class Recording:
         return str(1000 + len(self.arrays))
 
     def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
-        self.given.append((one.id(i), work.keys))
+        self.given.append((one.id(i), tuple(stage.key for stage in work.stages)))
 
     def cancel(self, jobs: Sequence[str]) -> None:
         self.cancelled += jobs
@@ -126,6 +126,14 @@ def test_small_stages_go_on_in_the_job_of_what_they_read() -> None:
         ("s-dense", "g-dense", "e-dense"), ("s", "g"), ("sel-c0",), ("p-c0-w0",), ("s-c0-w0", "g-c0-w0", "e-c0-w0"),
     ]  # fmt: skip
     assert all(len(task.keys) == 1 for task in todo(graph, fold={}))
+
+
+def test_a_job_holds_stages_of_one_cell_only() -> None:
+    """A second grader of the same traces is wanted by another cell, whose configuration its job needs."""
+    graph = Graph()
+    graph.add(0, [Planned("sample", "sample", "s", ()), Planned("evaluate", "evaluate", "e", ("s",))])
+    graph.add(1, [Planned("sample", "sample", "s", ()), Planned("evaluate", "evaluate", "e2", ("s",))])
+    assert [(task.keys, task.cell) for task in todo(graph, {"evaluate": "sample"})] == [(("s", "e"), 0), (("e2",), 1)]
 
 
 def test_parts_are_jobs_of_their_own_and_are_gathered() -> None:

@@ -37,15 +37,16 @@ def slurm(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, timeout=60).stdout
 
 
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """A cluster that answers; its queue is empty afterwards."""
+@pytest.fixture(autouse=True)
+def cluster(tmp_path: Path) -> Iterator[None]:
+    """A cluster that answers; no job of the test is left in its queue."""
     if shutil.which("sbatch") is None:
         pytest.skip("there is no sbatch on the path, so no SLURM cluster to submit to")
     if subprocess.run(["sinfo"], capture_output=True, timeout=60, check=False).returncode:
         pytest.skip("sbatch is on the path, but its cluster does not answer sinfo")
     yield
-    subprocess.run(["scancel", "--me"], check=False)
+    if left := {job.job for job in Records(tmp_path / "store").live().values()}:
+        subprocess.run(["scancel", *left], check=False)
 
 
 class Grid:
@@ -153,6 +154,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 GRID = ("calib=corpus,prompts,self,written", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.4,0.5")
 
 
+@pytest.mark.xdist_group("grid")
 def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp_path: Path) -> None:
     """Arrays of at most 5; the driver is killed once some jobs are in the queue, and what it left is joined."""
     grid = Grid(tmp_path, *GRID)
@@ -228,6 +230,7 @@ def logs(grid: Grid) -> str:
     return "\n".join(file.read_text() for file in sorted((grid.path / "jobs").glob("*_log.err")))
 
 
+@pytest.mark.xdist_group("faults")
 def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_path: Path) -> None:
     """SIGKILL in the middle of sampling, of pruning and of evaluating; scancel of one more."""
     grid = Grid(tmp_path, *LONG, "sparsity.ratio=0.3,0.4,0.5")
@@ -260,6 +263,7 @@ def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_p
         assert count > 0 and any(f" {count}/" in line for line in begun), (name, count, begun)
 
 
+@pytest.mark.xdist_group("grid")
 def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
     """`scontrol requeue` in the middle of sampling, then a node set down under a job: the grid ends by itself."""
     grid = Grid(tmp_path, *LONG)
@@ -279,6 +283,7 @@ def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
     assert len(again) == 2, again
 
 
+@pytest.mark.xdist_group("faults")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
     """Jobs are told before their time is up, put themselves back in the queue and go on."""
     more = (
@@ -296,6 +301,7 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
     assert len(accounted([job])[job]) > 1, "it was never put back in the queue, so this test shows nothing"
 
 
+@pytest.mark.xdist_group("grid")
 def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
     """At the same moment, into one store."""
     one = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.3,0.5", sweep="one")
@@ -312,6 +318,7 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
     assert made == Counter(one.sweep.graph.stages.keys() | other.sweep.graph.stages.keys())
 
 
+@pytest.mark.xdist_group("faults")
 def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
     """One that cannot be planned, and one whose selection is empty when it is made."""
     grid = Grid(tmp_path, "pruner=wanda", "calib=corpus,ssgr", "budget.max_row_tokens=512,8")
@@ -324,6 +331,7 @@ def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
     assert table.returncode == 1 and "failed: select:" in table.stdout, table.stdout
 
 
+@pytest.mark.xdist_group("faults")
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
@@ -340,6 +348,7 @@ def test_what_the_site_refuses_is_one_sentence_and_nothing_is_submitted(tmp_path
     assert not grid.records
 
 
+@pytest.mark.xdist_group("faults")
 def test_a_dry_run_shows_the_graph_and_submits_nothing(tmp_path: Path) -> None:
     grid = Grid(tmp_path, "calib=corpus", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.5")
     out = grid.submit("hydra.launcher.dry_run=true")
