@@ -44,6 +44,12 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"hydra.launcher.resources.{kind}.{name}={value}: give a whole number of at least {least}")
+    for name in ("nodes", "tasks_per_node"):
+        if asked.get(name, 1) != 1:
+            raise ValueError(
+                f"hydra.launcher.resources.{kind}.{name}={asked[name]}: a stage is one task on one node; memory.ranks=auto uses all "
+                "GPUs of it, and hydra.launcher.parts=8 shares sampling among jobs"
+            )
     if "mem_gb" in asked:
         asked["mem"] = f"{asked.pop('mem_gb')}GB"
     if not gpus:

@@ -47,9 +47,14 @@ def launch(
     logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
     try:
         return _launch(context, config, job_overrides, first, kind, settings)
-    except ValueError as error:
-        outcome.FAILED.append(str(error))
-        print(f"[ERROR] {error}", file=sys.stderr)
+    except (ValueError, OSError) as error:
+        said = (
+            error
+            if isinstance(error, ValueError)
+            else f"{error.filename} cannot be written ({error.strerror}); what was submitted goes on"
+        )
+        outcome.FAILED.append(str(said))
+        print(f"[ERROR] {said}", file=sys.stderr)
         raise SystemExit(1) from error
 
 
@@ -95,7 +100,10 @@ def _launch(
         done = submit(sweep, store, Slurm(settings["max_timeouts"]), cut, before)
         _announce(sweep, done)
         if wait:
-            _watch(sweep, store)
+            try:
+                _watch(sweep, store)
+            except KeyboardInterrupt:
+                raise ValueError(f"no longer watched; the jobs go on: python -m ssgr.status {sweep.folder}") from None
     else:
         sweep.write()
         local.run(sweep, store, cut, settings["cpus_per_task"], settings["timeout_min"])

@@ -181,14 +181,15 @@ def _report(
 ) -> Submitted | None:
     """A job that runs when every other has ended, however it ended."""
     jobs = [str(one.job) for one in done] + sorted({one.job.partition("_")[0] for one in found.live.values()})
-    if not jobs:
+    name = f"report of {sweep.folder}"
+    if not jobs or (not done and name in records.live()):
         return None
     dependency = f"afterany:{':'.join(jobs)}"
     return _submitted(
         records,
         cluster,
         REPORT,
-        ((f"report of {sweep.folder}",),),
+        ((name,),),
         [Report(sweep.folder)],
         asked,
         dependency,
