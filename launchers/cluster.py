@@ -47,8 +47,8 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     for name in ("nodes", "tasks_per_node"):
         if asked.get(name, 1) != 1:
             raise ValueError(
-                f"hydra.launcher.resources.{kind}.{name}={asked[name]}: a stage is one task on one node; memory.ranks=auto uses all "
-                "GPUs of it, and hydra.launcher.parts=8 shares sampling among jobs"
+                f"hydra.launcher.resources.{kind}.{name}={asked[name]}: a stage is one task on one node; memory.ranks=auto uses "
+                "all GPUs of it, and hydra.launcher.parts=8 shares sampling among jobs"
             )
     if "mem_gb" in asked:
         asked["mem"] = f"{asked.pop('mem_gb')}GB"
