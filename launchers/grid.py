@@ -24,9 +24,9 @@ from launchers.submit import Settings, Submission, kinds, plan, submit
 from ssgr import assemble, pipeline, status
 from ssgr.graph import KINDS, Stage
 from ssgr.progress import Progress
-from ssgr.queue import Records, write_json
+from ssgr.queue import Records
 from ssgr.store import Store
-from ssgr.sweep import CONFIG, Sweep, code, read
+from ssgr.sweep import Sweep, code, read
 
 _log = logging.getLogger("ssgr")
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
@@ -80,6 +80,8 @@ def _launch(
             f"{folder} is a sweep of the store {before.store}: type store.path={before.store}, or another hydra.sweep.dir"
         )
     sweep = _sweep(folder, store, settings["parts"])
+    if before is not None:
+        sweep.configs = before.configs
     if first and before is not None:  # the sweeper comes in batches
         sweep.graph, sweep.overrides, sweep.benches = before.graph, before.overrides, before.benches
         sweep.names, sweep.refused, before = before.names, before.refused, None
@@ -170,8 +172,7 @@ def _cell(
         sweep.names[number] = {one.name: one.key for one in planned}
         sweep.graph.add(number, planned)
         if not dry:
-            sweep.cell(number).mkdir(parents=True, exist_ok=True)
-            write_json(sweep.cell(number) / CONFIG, container)
+            sweep.compose(number, dict(container))  # type: ignore[arg-type]
     return JobReturn(
         overrides=list(overrides),
         cfg=task,

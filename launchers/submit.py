@@ -16,7 +16,7 @@ from launchers.work import Report, Work
 from ssgr.graph import KINDS, Stage
 from ssgr.queue import FOLDER, Queued, Records, Submitted
 from ssgr.store import Store
-from ssgr.sweep import CONFIG, Sweep
+from ssgr.sweep import Sweep
 
 REPORT = "report"
 LOGS = "jobs"  # in the sweep's folder
@@ -149,7 +149,7 @@ def _submitted(
 def work_of(sweep: Sweep, keys: tuple[str, ...], cpus: int) -> Work:
     """What the job does that makes `keys`."""
     stages = tuple(sweep.graph.stages[key] for key in keys)
-    return Work(sweep.cell(stages[0].cell) / CONFIG, Path(sweep.store), stages, sweep.parts, cpus)
+    return Work(sweep.config_file(stages[0].cell), Path(sweep.store), stages, sweep.parts, cpus)
 
 
 def _mend(sweep: Sweep, cluster: Cluster, lost: Submitted, asked: Resources) -> None:

@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.graph import Graph, Stage
+from ssgr.keys import KEY_LENGTH, digest
 from ssgr.queue import write_json
 
 MANIFEST, VERSION = "sweep.json", 1
-CONFIG = "config.json"  # of a cell: what it was composed to
+CONFIGS = (
+    "configs"  # what cells were composed to, by content: a job in the queue finds its own, however the grid changes
+)
 
 
 @dataclass
@@ -31,6 +34,7 @@ class Sweep:
     overrides: dict[int, list[str]] = field(default_factory=dict)
     names: dict[int, dict[str, str]] = field(default_factory=dict)
     refused: dict[int, str] = field(default_factory=dict)
+    configs: dict[int, str] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
     created: str = ""
 
@@ -48,10 +52,23 @@ class Sweep:
         every = set.intersection(*map(set, self.overrides.values())) if len(self.overrides) > 1 else set()
         return ",".join(one for one in self.overrides[number] if one not in every) or "defaults"
 
+    def config_file(self, number: int) -> Path:
+        """Where a cell's configuration lies."""
+        return self.folder / CONFIGS / f"{self.configs[number]}.json"
+
     def config(self, number: int) -> dict[str, Any]:
         """What a cell was composed to."""
-        out: dict[str, Any] = json.loads((self.cell(number) / CONFIG).read_text())
+        out: dict[str, Any] = json.loads(self.config_file(number).read_text())
         return out
+
+    def compose(self, number: int, config: dict[str, Any]) -> None:
+        """Keep a cell's configuration; the result of another that had its number is no result of it."""
+        before, self.configs[number] = self.configs.get(number), digest(config)[:KEY_LENGTH]
+        if before != self.configs[number]:
+            (self.cell(number) / "result.json").unlink(missing_ok=True)
+        if not self.config_file(number).exists():
+            self.config_file(number).parent.mkdir(parents=True, exist_ok=True)
+            write_json(self.config_file(number), config)
 
     def write(self) -> None:
         """Write the manifest whole."""
@@ -63,6 +80,7 @@ class Sweep:
                 "benches": self.benches.get(n, []),
                 "stages": self.names.get(n, {}),
                 "refused": self.refused.get(n),
+                "config": self.configs.get(n),
             }
             for n in self.overrides
         ]
@@ -112,6 +130,8 @@ def _sweep(folder: Path, found: dict[str, Any]) -> Sweep:
     for cell in found["cells"]:
         n = cell["number"]
         out.overrides[n], out.benches[n], out.names[n] = cell["overrides"], cell["benches"], cell["stages"]
+        if cell["config"] is not None:
+            out.configs[n] = cell["config"]
         if cell["refused"] is not None:
             out.refused[n] = cell["refused"]
         else:

@@ -195,6 +195,7 @@ def sweep_of(graph: Graph, store: Store, folder: Path) -> Sweep:
     """A sweep of the cells of `graph`."""
     out = Sweep(folder, str(store.root), ["run.py", "-m"], "", 1, graph=graph)
     out.overrides = {n: [f"cell={n}"] for n in graph.cells}
+    out.configs = {n: str(n) for n in graph.cells}
     out.names = {n: {graph.stages[key].name: key for key in keys} for n, keys in graph.cells.items()}
     return out
 

@@ -53,6 +53,11 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
     same = ("pruner=magnitude", "budget.max_row_tokens=512")
     again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
     assert "0 jobs" in again, again
+    changed = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=corpus", *same)  # now cell 0 is another
+    assert "0 jobs" in changed, changed
+    found_ = json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())
+    assert found_["config"]["calib"]["name"] == "corpus"
+    assert "0 jobs" in command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
     alone = command(tmp_path / "alone", "-m", "calib=self,corpus", *same)
     for number in ("0", "1"):
         ours, theirs = (
