@@ -151,7 +151,7 @@ def manifests(store: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-GRID = ("calib=corpus,prompts,self,written", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.4,0.5")
+GRID = ("calib=corpus,self", "scope=both,response", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.4,0.5")
 
 
 @pytest.mark.xdist_group("grid")
@@ -173,7 +173,8 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     assert all(one.state == "done" for one in grid.states().values())
     assert grid.complete()
     stages = grid.sweep.graph.stages
-    assert Counter(stage.kind for stage in stages.values())["prune"] == 12 + 3  # magnitude does not listen to a source
+    # magnitude listens to no source, and text has no prompts and responses to tell apart
+    assert Counter(stage.kind for stage in stages.values())["prune"] == 3 + (1 + 2) * 3
     made = Counter(key for one in grid.records for keys in one.tasks for key in keys)
     assert made == Counter(stages.keys())  # nothing was submitted twice
     assert all(len(one.tasks) <= 5 for one in grid.records)
