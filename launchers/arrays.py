@@ -15,7 +15,7 @@ from ssgr.graph import Stage
 
 @dataclass(frozen=True)
 class Task:
-    """What one job does: its stages, in their order; `needs` are tasks of others, by the key of their first stage."""
+    """What one job does: its stages, in their order, of the cell whose configuration it reads."""
 
     kind: str
     keys: tuple[str, ...]
@@ -76,9 +76,8 @@ class Array:
 
 
 _Element = tuple[int, int]  # of which array, which
-_Member = tuple[
-    Task, frozenset[_Element], frozenset[str]
-]  # a task, what it needs of this submission, and of earlier ones
+# a task, what it needs of this submission, and of earlier ones
+_Member = tuple[Task, frozenset[_Element], frozenset[str]]
 _Group = tuple[str, int | None, frozenset[_Element] | None, frozenset[str] | None]
 _After = tuple[tuple[int, int | None], ...]
 
@@ -117,9 +116,8 @@ def _aligned(
         for member in members:
             by_element[next(iter(member[1]))[1]].append(member)
         size = len(out[shared].tasks)
-        if (
-            1 < size == len(by_element) and max(map(len, by_element.values())) <= size
-        ):  # fewer arrays than one an element
+        layers = max(map(len, by_element.values()))
+        if 1 < size == len(by_element) and layers <= size:  # no more arrays than one an element
             while all(by_element.values()):
                 yield [by_element[j].pop(0) for j in range(size)], ((shared, None),)
         for j, rest in sorted(by_element.items()):

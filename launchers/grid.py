@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from tqdm import tqdm
 
 from launchers import local, outcome
 from launchers.cluster import ROOT, Slurm
@@ -33,6 +35,25 @@ _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _POLL = 2.0  # seconds between two looks at the queue
 
 
+@contextlib.contextmanager
+def explained(config: DictConfig) -> Iterator[None]:
+    """Hydra's set-up of a launcher; what cannot be is one sentence and exit status 1."""
+    setup_globals()
+    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
+    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        said = (
+            str(error)
+            if isinstance(error, ValueError)
+            else f"{error.filename} cannot be written ({error.strerror}); what was submitted goes on"
+        )
+        outcome.FAILED.append(said)
+        print(f"[ERROR] {said}", file=sys.stderr)
+        raise SystemExit(1) from error
+
+
 def launch(
     context: HydraContext,
     config: DictConfig,
@@ -41,31 +62,11 @@ def launch(
     kind: str,
     settings: Mapping[str, Any],
 ) -> Sequence[JobReturn]:
-    """Run or submit the cells of a sweep; what a cell could not be is in `outcome`, and never stops the others."""
-    setup_globals()
-    configure_log(config.hydra.hydra_logging, config.hydra.verbose)
-    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
-    try:
-        return _launch(context, config, job_overrides, first, kind, settings)
-    except (ValueError, OSError) as error:
-        said = (
-            error
-            if isinstance(error, ValueError)
-            else f"{error.filename} cannot be written ({error.strerror}); what was submitted goes on"
-        )
-        outcome.FAILED.append(str(said))
-        print(f"[ERROR] {said}", file=sys.stderr)
-        raise SystemExit(1) from error
+    """Run or submit the cells of a sweep; a cell that cannot be is in `outcome`, and never stops the others.
 
-
-def _launch(
-    context: HydraContext,
-    config: DictConfig,
-    job_overrides: Sequence[Sequence[str]],
-    first: int,
-    kind: str,
-    settings: Mapping[str, Any],
-) -> Sequence[JobReturn]:
+    Raises:
+        ValueError: the sweep cannot be submitted or run.
+    """
     wait = kind == "local" or settings["wait"]
     if not wait and not settings["dry_run"] and config.hydra.sweeper._target_ != _BASIC:
         raise ValueError(
@@ -220,7 +221,7 @@ def _dry(sweep: Sweep, store: Store, cut: Settings, kind: str) -> None:
         gpus = str(shapes[one].gpus) if one in shapes else ""
         left = missing[one] - joined[one]
         seconds = typical.get(one)
-        time_ = "" if not left else "unknown" if seconds is None else status.clock(left * seconds)
+        time_ = "" if not left else "unknown" if seconds is None else tqdm.format_interval(left * seconds)
         jobs = sum(len(array.tasks) for array in own)
         table.add_row(one, *map(str, (found.stored[one], joined[one], left, jobs, len(own))), gpus, time_)
     Console(width=None if sys.stdout.isatty() else 160).print(table)
@@ -273,6 +274,6 @@ def _collect(sweep: Sweep, store: Store, numbers: Sequence[int]) -> dict[int, fl
             )
             out[number] = None
         else:
-            outcome.add(sweep.cell(number), 0, 0)
+            outcome.add(sweep.cell(number))
             out[number] = outcome.value(found)
     return out

@@ -10,10 +10,10 @@ from ssgr.report import table
 
 DONE: list[table.Cell] = []
 FAILED: list[str] = []
-_STAGES = [0, 0]  # read from the store, made
+_STAGES = [0, 0]  # read from the store, made by this process
 
 
-def add(folder: Path, read: int, made: int) -> None:
+def add(folder: Path, read: int = 0, made: int = 0) -> None:
     """A cell left its result in `folder`."""
     _STAGES[0] += read
     _STAGES[1] += made
@@ -34,7 +34,7 @@ def finish() -> None:
         if len({cell.fields["draw"] for cell in cells}) > 1:
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
             table.show(table.means(cells, against=control), "means over draws")
-    if runs > 1:
+    if runs > 1 and any(_STAGES):
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
     if FAILED and (DONE or len(FAILED) > 1):
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)

@@ -15,7 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+
+from ssgr.files import write_json
 
 FOLDER = "jobs"  # in the store
 _AT_ONCE = 200  # names in one question to squeue
@@ -214,16 +215,6 @@ def ask(command: Sequence[str]) -> str:
     if done.returncode:
         raise ValueError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")
     return done.stdout
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write JSON beside `file`, then give it the name: whole, or not at all."""
-    beside = file.with_name(f"{file.name}.{os.getpid()}.new")
-    with open(beside, "w") as stream:
-        json.dump(content, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
 
 
 def _cut(names: Sequence[str]) -> Iterator[Sequence[str]]:

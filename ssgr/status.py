@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rich.console import Console, Group
 from rich.table import Table
+from tqdm import tqdm
 
 from ssgr import sweep as sweeps
 from ssgr.graph import KINDS, Stage
@@ -84,7 +85,7 @@ def _beat(store: Store, stage: Stage) -> str | None:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError):
         told = json.loads(lease.with_suffix(".progress").read_text())
-        return f"{told['done']}/{told['total']}, {clock(told['eta_seconds'])} left"
+        return f"{told['done']}/{told['total']}, {tqdm.format_interval(told['eta_seconds'])} left"
     return "begun"
 
 
@@ -99,9 +100,13 @@ def show(sweep: sweeps.Sweep, found: Mapping[str, State]) -> Group:
     for kind in KINDS:
         if here := by_kind.get(kind):
             count = Counter(one.state for one in here)
-            kinds.add_row(kind, *(str(count[s] or "") for s in STATES), clock(sum(one.seconds for one in here)))
+            kinds.add_row(
+                kind, *(str(count[s] or "") for s in STATES), tqdm.format_interval(sum(one.seconds for one in here))
+            )
     total = Counter(one.state for one in found.values())
-    kinds.add_row("all", *(str(total[s] or "") for s in STATES), clock(sum(one.seconds for one in found.values())))
+    kinds.add_row(
+        "all", *(str(total[s] or "") for s in STATES), tqdm.format_interval(sum(one.seconds for one in found.values()))
+    )
     cells = Table(box=None, pad_edge=False)
     for name in ("cell", "overrides", "state"):
         cells.add_column(name, overflow="fold")
@@ -128,13 +133,6 @@ def cell_state(sweep: sweeps.Sweep, found: Mapping[str, State], number: int) -> 
         if one.state == "queued":
             return f"queued: {sweep.graph.stages[key].name}" + (f" ({one.why})" if one.why != "None" else "")
     return "waiting: no job is queued for it; give the command of the sweep again"
-
-
-def clock(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
 
 
 def find(path: Path | None) -> sweeps.Sweep:

@@ -11,14 +11,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ssgr.files import write_json
 from ssgr.graph import Graph, Stage
 from ssgr.keys import KEY_LENGTH, digest
-from ssgr.queue import write_json
 
 MANIFEST, VERSION = "sweep.json", 1
-CONFIGS = (
-    "configs"  # what cells were composed to, by content: a job in the queue finds its own, however the grid changes
-)
+CONFIGS = "configs"  # what cells were composed to, by content: a queued job finds its own, however the grid changes
 
 
 @dataclass

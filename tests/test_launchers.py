@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT, SMALL
 
 from ssgr import status
@@ -52,12 +54,12 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
     assert kinds["sample", "done"] == 6 and kinds["gather", "done"] == 3
     same = ("pruner=magnitude", "budget.max_row_tokens=512")
     again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
-    assert "0 jobs" in again, again
+    assert "; 0 jobs," in again, again
     changed = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=corpus", *same)  # now cell 0 is another
-    assert "0 jobs" in changed, changed
+    assert "; 0 jobs," in changed, changed
     found_ = json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())
     assert found_["config"]["calib"]["name"] == "corpus"
-    assert "0 jobs" in command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
+    assert "; 0 jobs," in command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
     alone = command(tmp_path / "alone", "-m", "calib=self,corpus", *same)
     for number in ("0", "1"):
         ours, theirs = (
@@ -70,11 +72,39 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
         assert set(theirs["keys"].items()) <= set(ours["keys"].items())
 
 
-def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path) -> None:
-    said = command(
-        tmp_path, "-m", "hydra/launcher=slurm", "hydra.sweeper._target_=hydra_plugins.optuna.OptunaSweeper", code=1
+def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = tmp_path / "hydra_plugins" / "own"
+    own.mkdir(parents=True)
+    (own / "__init__.py").write_text(
+        "from hydra._internal.core_plugins.basic_sweeper import BasicSweeper\nclass Seeker(BasicSweeper): pass\n"
     )
-    assert "OptunaSweeper" in said
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    said = command(
+        tmp_path,
+        "-m",
+        "hydra/launcher=slurm",
+        "hydra.sweeper._target_=hydra_plugins.own.Seeker",
+        "calib=corpus",
+        code=1,
+    )
+    assert (
+        "the sweeper Seeker chooses cells by the results of others: type hydra.launcher.wait=true; nothing was" in said
+    )
+
+
+def test_a_site_file_as_in_readme_composes(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    block = readme[readme.index("    # @package hydra.launcher") :].split("\n\n")[0]
+    site = tmp_path / "hydra" / "launcher" / "mysite.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text(textwrap.dedent(block))
+    search = f"hydra.searchpath=[pkg://launchers,file://{tmp_path}]"
+    shown = ("--cfg", "hydra", "-p", "hydra.launcher")
+    said = command(tmp_path, *shown, "hydra/launcher=mysite", search)
+    found = yaml.safe_load(said[said.index("_target_") :])
+    assert found["_target_"].endswith("SlurmLauncher") and found["max_parallel"] == 32
+    assert found["resources"]["default"]["account"] == "mylab" and found["resources"]["default"]["signal_delay_s"] == 90
+    assert found["resources"]["prune"]["gpus_per_node"] == 4
 
 
 def test_without_slurm_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -287,15 +287,9 @@ def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
 @pytest.mark.xdist_group("faults")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
     """Jobs are told before their time is up, put themselves back in the queue and go on."""
-    more = (
-        "problems.calibration=400",
-        "hydra.launcher.resources.sample.timeout_min=1",
-        "hydra.launcher.resources.sample.signal_delay_s=30",
-    )
-    grid = Grid(tmp_path, *LONG, *(one for one in more if not one.startswith("hydra")))
-    grid.submit(
-        *(f"+{one}" if "signal" in one or "sample.timeout" in one else one for one in more if one.startswith("hydra"))
-    )
+    grid = Grid(tmp_path, *LONG, "problems.calibration=400")
+    kind = "+hydra.launcher.resources.sample"
+    grid.submit(f"{kind}.timeout_min=1", f"{kind}.signal_delay_s=30")
     grid.wait()
     assert grid.complete()
     job = grid.job(grid.key("sample"))
@@ -321,11 +315,11 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
 
 @pytest.mark.xdist_group("faults")
 def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
-    """One that cannot be planned, and one whose selection is empty when it is made."""
-    grid = Grid(tmp_path, "pruner=wanda", "calib=corpus,ssgr", "budget.max_row_tokens=512,8")
+    """Two that cannot be planned, and one whose selection is empty when it is made."""
+    grid = Grid(tmp_path, "pruner=wanda", "calib=corpus,ssgr", "sparsity.ratio=0.5,1.5")
     said = grid.submit("hydra.launcher.wait=true", code=1)
-    assert "2 of 4 cells failed" in said or "1 of 4 cells failed" in said, said
-    assert (grid.path / "0" / "result.json").exists()
+    assert "3 of 4 cells failed" in said and "select failed: " in said and "ratio=1.5" in said, said
+    assert [n for n in range(4) if (grid.path / str(n) / "result.json").exists()] == [0]
     table = subprocess.run(
         [sys.executable, "-m", "ssgr.status", str(grid.path)], capture_output=True, text=True, cwd=ROOT, check=False
     )

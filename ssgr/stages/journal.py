@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
+from ssgr.files import write_json
 from ssgr.model.blocks import Matrix
 from ssgr.model.checkpoint import Checkpoint, Replica
 from ssgr.records import LayerResult, to_json
@@ -53,7 +53,7 @@ class Journal:
         made = None
         if self.walk.ranks.rank == 0:
             made = json.loads(file.read_text()) if self.done and file.exists() else make()
-            write(file, made)
+            write_json(file, made)
         out: dict[str, float] = self.walk.ranks.tell(made, 0)
         return out
 
@@ -74,7 +74,7 @@ class Journal:
                 written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
-            write(self.work / _DONE, {"source": self.source, "blocks": done})
+            write_json(self.work / _DONE, {"source": self.source, "blocks": done})
 
         return keep
 
@@ -107,16 +107,6 @@ def changed(walk: Walk, work: Path) -> ValueError:
         f"{walk.source.directory}: the model changed since this work began; bring back the files as they were, or remove "
         f"{work} to begin again"
     )
-
-
-def write(file: Path, content: object) -> None:
-    """Write JSON whole, or not at all."""
-    beside = file.with_name(f"{file.name}.new")
-    with open(beside, "w") as stream:
-        json.dump(content, stream)
-        stream.flush()
-        os.fsync(stream.fileno())
-    beside.replace(file)
 
 
 def clear(work: Path) -> None:

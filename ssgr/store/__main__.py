@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tqdm import tqdm
+
 from ssgr.lease import Lease
 from ssgr.store import MANIFEST, Store
 from ssgr.sweep import MANIFEST as SWEEP
@@ -63,15 +65,12 @@ def unreferred(found: Sequence[Entry], keys: set[str]) -> list[Entry]:
         new = [key for key in inputs.get(more.pop(), ()) if key not in kept]
         kept |= set(new)
         more += new
-    return [
-        entry
-        for entry in found
-        if (
-            entry.path.name not in kept
-            if entry.kind == "result"
-            else entry.path.stem not in kept or entry.kind != "unfinished"
-        )
-    ]
+    out = []
+    for entry in found:
+        name = entry.path.stem if entry.kind == "unfinished" else entry.path.name  # what was moved aside is nobody's
+        if name not in kept:
+            out.append(entry)
+    return out
 
 
 def delete(store: Store, entry: Entry) -> bool:
@@ -88,13 +87,8 @@ def delete(store: Store, entry: Entry) -> bool:
 
 
 def size(count: int) -> str:
-    """Bytes in a fitting unit."""
-    value, unit = float(count), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.1f} {unit}"
+    """Bytes in a fitting unit of 1024."""
+    return f"{tqdm.format_sizeof(count, divisor=1024)}iB" if count >= 1024 else f"{count} B"
 
 
 def main(arguments: list[str] | None = None) -> int:

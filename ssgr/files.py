@@ -1,0 +1,17 @@
+"""Files that are whole or not there."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+
+def write_json(file: Path, content: object) -> None:
+    """Write JSON beside `file`, bring it to the disk, and give it the name."""
+    beside = file.with_name(f"{file.name}.new")
+    with open(beside, "w") as stream:
+        json.dump(content, stream)
+        stream.flush()
+        os.fsync(stream.fileno())
+    beside.replace(file)
