@@ -86,10 +86,10 @@ def orphaned(own: Ranks, work: Path) -> None:
 
 def doomed(own: Ranks, blocks: int, source: Path, work: Path) -> None:
     """Prune until so many blocks are written, then kill every process of the group."""
-    from ssgr.stages import journal
+    from ssgr import files
     from ssgr.stages.prune import Passing, _prune
 
-    written, write = [], journal.write
+    written, write = [], files.write_json
 
     def counted(file: Path, what: object) -> None:
         write(file, what)
@@ -97,7 +97,7 @@ def doomed(own: Ranks, blocks: int, source: Path, work: Path) -> None:
         if written.count("blocks.json") == blocks:
             os.killpg(0, signal.SIGKILL)
 
-    journal.write = counted
+    files.write_json = counted
     _prune(own, *arguments(source, work, own.count), Passing(), None)
 
 

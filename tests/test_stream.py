@@ -83,7 +83,8 @@ from ssgr.model import Model
 from ssgr.model.checkpoint import Replica
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.sparsity import Unstructured
-from ssgr.stages import journal, statistics
+from ssgr import files
+from ssgr.stages import statistics
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing, prune
 from ssgr.stages.walk import Walk
@@ -137,7 +138,7 @@ watched(Replica, "begin", half_begun)
 watched(Replica, "copy_rest", lambda replica: (replica.folder / "config.json").write_text("{"))
 watched(Replica, "write", half_written)
 watched(Replica, "copy", half_written)
-watched(journal, "write", lambda file, content: file.with_name(file.name + ".new").write_text("{"))
+watched(files, "write_json", lambda file, content: file.with_name(file.name + ".new").write_text("{"))
 watched(statistics, "save_file", lambda tensors, file, *rest: Path(file).write_bytes(b"torn"))
 watched(os, "fsync", lambda *args: None)
 watched(Walk, "keep", lambda *args: None)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ssgr.files import write_json
+from ssgr import files
 from ssgr.model.blocks import Matrix
 from ssgr.model.checkpoint import Checkpoint, Replica
 from ssgr.records import LayerResult, to_json
@@ -53,7 +53,7 @@ class Journal:
         made = None
         if self.walk.ranks.rank == 0:
             made = json.loads(file.read_text()) if self.done and file.exists() else make()
-            write_json(file, made)
+            files.write_json(file, made)
         out: dict[str, float] = self.walk.ranks.tell(made, 0)
         return out
 
@@ -74,7 +74,7 @@ class Journal:
                 written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
-            write_json(self.work / _DONE, {"source": self.source, "blocks": done})
+            files.write_json(self.work / _DONE, {"source": self.source, "blocks": done})
 
         return keep
 

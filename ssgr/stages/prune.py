@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ssgr.files import write_json
+from ssgr import files
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, NothingLeft, Tail, decoder_blocks, embeddings, matrices, names, output_layer
 from ssgr.model.checkpoint import Checkpoint
@@ -136,7 +136,7 @@ def _prune(
             progress.step()
     kept.finish()
     if own.rank == 0:
-        write_json(work / RESULT, to_json(_result(walk, method, passing.propagate, kept)))
+        files.write_json(work / RESULT, to_json(_result(walk, method, passing.propagate, kept)))
 
 
 class _Ears:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ssgr.files import write_json
+from ssgr import files
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, matrices, names
 from ssgr.progress import Progress
@@ -157,7 +157,7 @@ def _collect(
     if ranks.rank == 0:
         if done and began.exists() and json.loads(began.read_text()) != source:
             raise journal.changed(walk, work)
-        write_json(began, source)
+        files.write_json(began, source)
     if done < len(walk):
         _pass(walk, layers, statistic, rows, tokenizer, work, done, mapped)
     if walk.source.stamp() != source:
