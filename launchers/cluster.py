@@ -15,6 +15,7 @@ from ssgr.queue import Submitted
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
+SHARED = ("collect", "prune")  # kinds of stages whose work several nodes share
 _OWN = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node"}  # submitit's words -> those of its SLURM executor
 
 
@@ -23,7 +24,7 @@ class Resources:
     """What the jobs of a kind of stage ask for."""
 
     cpus: int
-    gpus: int
+    gpus: int  # of all nodes
     asked: Mapping[str, Any]  # in the words of submitit's SLURM executor
     python: str | None  # the command that starts Python, such as one of a container
 
@@ -36,20 +37,27 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     """
     asked = {k: v for k, v in {**(given.get(DEFAULT) or {}), **(given.get(kind) or {})}.items() if v is not None}
     python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
-    cpus, gpus = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0)
+    cpus, gpus, nodes = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0), asked.get("nodes", 1)
     for name, value, least in (
         ("cpus_per_task", cpus, 1),
         ("gpus_per_node", gpus, 0),
+        ("nodes", nodes, 1),
         ("timeout_min", asked.get("timeout_min", 1), 1),
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"hydra.launcher.resources.{kind}.{name}={value}: give a whole number of at least {least}")
-    for name in ("nodes", "tasks_per_node"):
-        if asked.get(name, 1) != 1:
-            raise ValueError(
-                f"hydra.launcher.resources.{kind}.{name}={asked[name]}: a stage is one task on one node; memory.ranks=auto uses "
-                "all GPUs of it, and hydra.launcher.parts=8 shares sampling among jobs"
-            )
+    if asked.get("tasks_per_node", 1) != 1:
+        raise ValueError(
+            f"hydra.launcher.resources.{kind}.tasks_per_node={asked['tasks_per_node']}: a job has one task a node; "
+            "memory.ranks=auto uses all GPUs of it"
+        )
+    if nodes > 1 and kind not in SHARED:
+        raise ValueError(
+            f"hydra.launcher.resources.{kind}.nodes={nodes}: of all stages {' and '.join(SHARED)} alone run on several nodes; "
+            "hydra.launcher.parts=8 shares sampling among jobs"
+        )
+    if nodes > 1:
+        asked |= {"tasks_per_node": 1, "srun_args": [*asked.get("srun_args", ()), "--kill-on-bad-exit=1"]}
     if "mem_gb" in asked:
         asked["mem"] = f"{asked.pop('mem_gb')}GB"
     if not gpus:
@@ -61,7 +69,7 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
         f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}",
         *setup,
     ]
-    return Resources(cpus, gpus, {_OWN.get(k, k): v for k, v in asked.items()}, python)
+    return Resources(cpus, gpus * nodes, {_OWN.get(k, k): v for k, v in asked.items()}, python)
 
 
 class Cluster(Protocol):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from submitit.helpers import DelayedSubmission
 
 from ssgr.graph import Stage
 
+_PATIENCE = 3  # seconds
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_MAX_THREADS", "RAYON_NUM_THREADS")
 
 
@@ -51,12 +54,17 @@ class Work:
             how = "was there" if made.run.cached else f"{made.run.seconds:.1f} s, {made.run.peak_rss_mib:.0f} MiB"
             print(f"{stage.name}: {stage.folder}/{stage.key} ({how})", file=sys.stderr)
 
+        crew = None
         try:
+            crew = _crew()
             experiment = build(OmegaConf.create(json.loads(self.config.read_text())))
-            pipeline.make(experiment, store, [stage.key for stage in left], self.parts, done)
+            pipeline.make(experiment, store, [stage.key for stage in left], self.parts, done, crew)
         except Exception as error:
             said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            records.fail(left[0].folder, left[0].key, said, str(_log()))
+            if crew is not None and not isinstance(error, ValueError):
+                time.sleep(_PATIENCE)  # another task may have failed first, and this one only missed it
+            if crew is None or isinstance(error, ValueError) or not records.failure(left[0].folder, left[0].key):
+                records.fail(left[0].folder, left[0].key, said, str(_log()))
             print(f"[ERROR] {left[0].name}: {said}", file=sys.stderr)
             raise
 
@@ -98,6 +106,22 @@ def _quieten(cpus: int) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+
+
+def _crew() -> Any:
+    """The tasks of this job, where it has several: they meet at a file beside its logs, of this start of it."""
+    from submitit import JobEnvironment
+
+    from ssgr.stages.ranks import Crew
+
+    try:
+        job = JobEnvironment()
+        if job.num_tasks == 1:
+            return None
+        board = job.paths.folder / f"{job.job_id}_{os.environ.get('SLURM_RESTART_COUNT', '0')}_board.json"
+        return Crew(job.global_rank, job.num_tasks, board, socket.gethostname())
+    except RuntimeError:  # not within a job
+        return None
 
 
 def _log() -> Any:

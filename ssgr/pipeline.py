@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -50,8 +51,9 @@ from ssgr.stages import card, evaluate, grade, prune, sample, select, statistics
 from ssgr.stages.export import Export
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing
+from ssgr.stages.ranks import Crew, Joined
 from ssgr.stages.solve import Method
-from ssgr.store import Artefact, Store
+from ssgr.store import POLL_SECONDS, Artefact, Store
 
 _log = logging.getLogger("ssgr")
 LIBRARIES = ("ssgr", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
@@ -157,16 +159,20 @@ def make(
     keys_: Sequence[str],
     parts: int = 1,
     done: Callable[[Artefact], None] = lambda _: None,
+    crew: Crew | None = None,
 ) -> None:
     """Make the stages `keys_` of `plan(experiment, store, parts)`, in their order; all else that they need must be in the store.
 
-    `done` hears of each that is there.
+    `done` hears of each that is there. Of the tasks of a `crew` the leader makes them, and the others lend it their ranks.
 
     Raises:
         ValueError: what one needs is not there, no stage of the cell has this key, or a setting cannot work.
     """
+    if crew is not None:
+        experiment = dataclasses.replace(experiment, memory=dataclasses.replace(experiment.memory, crew=crew))
     flow = _opened(experiment, store, parts)
-    flow.shelf = shelf = _Only(store, list(keys_), flow, done)
+    kind = _Only if experiment.memory.leads else _Lent
+    flow.shelf = shelf = kind(store, list(keys_), flow, done)
     try:
         flow.walk()
     except _AllMade:
@@ -270,12 +276,31 @@ class _Only(_Blank):
                     f"{own.name} needs {one.name}, and the store has no {one.stage}/{one.key}: it failed or did not run; give "
                     "the command of the sweep again"
                 )
-        artefact = self.store.run(stage, key, make, **manifest)
+        artefact = self._made(stage, key, make, **manifest)
         self.done(artefact)
         self.left.remove(key)
         if not self.left:
             raise _AllMade
         return artefact
+
+    def _made(self, stage: str, key: str, make: Callable[[Path], None], **manifest: Any) -> Artefact:
+        return self.store.run(stage, key, make, **manifest)
+
+
+class _Lent(_Only):
+    """A shelf of a task that lends its ranks to the leader of its crew, which makes the stages."""
+
+    def _made(self, stage: str, key: str, make: Callable[[Path], None], **_: Any) -> Artefact:
+        crew, joined = self.flow.x.memory.crew, None
+        assert crew is not None
+        while (found := self.store.find(stage, key)) is None:
+            invited = crew.invited()
+            if invited is not None and invited != joined and key in Path(invited["work"]).name:
+                joined = invited
+                with contextlib.suppress(Joined):
+                    make(Path(invited["work"]))
+            time.sleep(POLL_SECONDS[0])
+        return found
 
 
 class _Flow:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
 
 latest: dict[str, str | float] | None = None  # of this process, for whoever watches it from afar
+told: Callable[[dict[str, str | float]], None] | None = None  # the parent, where the parent is who is watched
 
 
 class Progress:
@@ -53,3 +55,5 @@ class Progress:
             "eta_seconds": round(left, 1),
             "tell": tell,
         }
+        if told is not None:
+            told(latest)

@@ -6,6 +6,7 @@ Every process imports torch when it starts, so one start does as many jobs as it
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -80,6 +81,25 @@ def all_end(*marks: str) -> None:
         time.sleep(0.1)
 
 
+def on_two_hosts(work: Path, job: str, *arguments: object) -> list[tuple[int, str]]:
+    """How either of two hosts ends, one rank on each, and what it says last; they are processes of this host."""
+    board, environment = work.parent / "board.json", os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    code = (
+        "import sys; from pathlib import Path, PosixPath; from ssgr.stages import ranks; from tests import rank_jobs; "
+        f"crew = ranks.Crew(int(sys.argv[1]), 2, {board!r}, '127.0.0.1'); "
+        f"ranks.run(1, {work!r}, 'cpu', rank_jobs.{job}, {', '.join(map(repr, arguments))}, crew=crew)"
+    )
+    tasks = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(task)], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        for task in range(2)
+    ]
+    said = [task.communicate(timeout=5 * LONGEST)[1] for task in tasks]
+    assert not board.exists()
+    return [(task.returncode, err.splitlines()[-1] if err else "") for task, err in zip(tasks, said, strict=True)]
+
+
 def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches are those of one rank; only the order in which their float64 sums are added is another, which the
     rounding to float32 hides."""
@@ -94,13 +114,18 @@ def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: p
             assert count == 1 or {ip for pair in ends for ip in pair if ip} <= LOOPBACK, ends
             assert (bool(ends), "meeting" in there) == ((True, True) if count > 1 else (False, False))
         assert not (work / "meeting").exists()
+    hosts = tmp_path / "hosts"
+    hosts.mkdir()
+    (leader, why), joined = on_two_hosts(hosts, "everything", sources, hosts)
+    assert leader == 0, why
+    assert joined == (1, "ssgr.stages.ranks.Joined")
     one = content(tmp_path / "1")
     assert {name.split("/")[0] for name in one} == {*rank_jobs.JOBS, "collect", "dense"}
-    for count in (2, 3):
-        other = content(tmp_path / str(count))
+    for several in ("2", "3", "hosts"):
+        other = content(tmp_path / several)
         assert one.keys() == other.keys()
         assert [name for name in one if one[name] != other[name]] == []
-        assert results(tmp_path / str(count)) == results(tmp_path / "1")
+        assert results(tmp_path / several) == results(tmp_path / "1")
 
 
 @pytest.mark.parametrize(
@@ -123,6 +148,13 @@ def test_an_error_in_one_rank_ends_all(
     assert not running(mark, "multiprocessing.spawn")
     assert not list(tmp_path.iterdir())
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_error_on_one_host_ends_both(tmp_path: Path) -> None:
+    """The leader only misses the other; that one says why."""
+    (tmp_path / "work").mkdir()
+    (leader, _), (other, said) = on_two_hosts(tmp_path / "work", "last_fails", "full")
+    assert leader and other and said == "OSError: [Errno 28] No space left on device: 'a/file'"
 
 
 def test_infinite_weights_are_told_as_by_one_process(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

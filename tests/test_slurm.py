@@ -313,6 +313,24 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
     assert made == Counter(one.sweep.graph.stages.keys() | other.sweep.graph.stages.keys())
 
 
+@pytest.mark.xdist_group("grid")
+def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> None:
+    """Statistics of the dense model and the prune that reads them are each made by a task on either node."""
+    cell = ("calib=corpus", "pruner=sparsegpt", "propagate=dense")
+    grid, alone = Grid(tmp_path, *cell), Grid(tmp_path / "alone", *cell)
+    grid.submit(*(f"+hydra.launcher.resources.{kind}.nodes=2" for kind in ("collect", "prune")))
+    alone_done = subprocess.run(alone.command(launcher=()), capture_output=True, text=True, env=ENV, check=False)
+    assert alone_done.returncode == 0, alone_done.stderr
+    grid.wait()
+    assert grid.complete(), {key: one for key, one in grid.states().items() if one.why}
+    for name in ("collect", "prune"):
+        job = grid.job(grid.key(name))
+        tasks = [line.split("|") for line in slurm("sacct", "-n", "-P", "-o", "JobID,NTasks", "-j", job).splitlines()]
+        assert [f"{job}.0", "2"] in tasks, tasks
+    assert manifests(alone.store.root) == manifests(grid.store.root)
+    assert not list((grid.path / "jobs").glob("*_board.json"))
+
+
 @pytest.mark.xdist_group("faults")
 def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
     """Two that cannot be planned, and one whose selection is empty when it is made."""
@@ -334,6 +352,7 @@ def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
         ("hydra.launcher.resources.default.mem_gb=900000", "SLURM refuses jobs of kind"),
         ("hydra.launcher.resources.default.cpus_per_task=0", "give a whole number of at least 1"),
         ("+hydra.launcher.resources.prun.mem_gb=2", "no such kind of stage; valid are"),
+        ("+hydra.launcher.resources.default.nodes=2", "collect and prune alone run on several nodes"),
     ],
 )
 def test_what_the_site_refuses_is_one_sentence_and_nothing_is_submitted(tmp_path: Path, wrong: str, said: str) -> None:

@@ -194,17 +194,17 @@ def file_of(work: Path, rank: int) -> Path:
 
 
 @contextmanager
-def removed(work: Path) -> Iterator[None]:
-    """Leave no activations in `work`, nor those of a killed run before."""
+def removed(work: Path, leads: bool = True) -> Iterator[None]:
+    """Leave no activations in `work`, nor those of a killed run before; of several hosts, the one that `leads` does."""
     try:
-        _remove(work)
+        _remove(work, leads)
         yield
     finally:
-        _remove(work)
+        _remove(work, leads)
 
 
-def _remove(work: Path) -> None:
-    for file in work.glob("activations.*.bin"):
+def _remove(work: Path, leads: bool) -> None:
+    for file in work.glob("activations.*.bin") if leads else ():
         file.unlink(missing_ok=True)
 
 

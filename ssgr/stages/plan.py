@@ -14,6 +14,7 @@ import torch
 from ssgr.model.blocks import Matrix, outside
 from ssgr.pruner import Statistic
 from ssgr.stages.activations import Passage, padded_tokens
+from ssgr.stages.ranks import Crew
 from ssgr.stages.walk import Walk
 
 _GIB, _FLOAT, _DOUBLE = 2**30, 4, 8  # bytes
@@ -29,7 +30,8 @@ class Memory:
     """
 
     activations_gib: float  # more than this of activations lies in a file that is mapped into memory
-    ranks: int | str = 1  # processes; auto is one a GPU
+    ranks: int | str = 1  # processes, on each host; auto is one a GPU
+    crew: Crew | None = None  # the tasks of a job on several hosts
 
     def __post_init__(self) -> None:
         if not isinstance(self.activations_gib, (int, float)) or not self.activations_gib >= 0:  # nor NaN
@@ -41,6 +43,11 @@ class Memory:
             raise ValueError(
                 f"memory.ranks={self.ranks}: give a whole number of processes from 1 up, or auto for one a GPU"
             )
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process, and no task of another host, cares for the folder of the work."""
+        return self.crew is None or self.crew.task == 0
 
     def processes(self, device: torch.device) -> int:
         """How many processes share the work on `device`.
@@ -93,7 +100,7 @@ def plan(
         _size(work if solves else 0), _size(activations), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
     needs = {
-        "memory": (host * walk.ranks.count, psutil.virtual_memory().available),
+        "memory": (host * walk.ranks.here, psutil.virtual_memory().available),
         "disk": (disk, shutil.disk_usage(folder).free),
     }
     if walk.device.type == "cuda":

@@ -85,8 +85,8 @@ def prune(
     device = model.torch_device()
     count = memory.processes(device)
     given = (model, tokenizer, calibration, method, memory, work, passing, statistics)
-    with activations.removed(work):
-        ranks.run(count, work, device.type, _prune, *given)
+    with activations.removed(work, memory.leads):
+        ranks.run(count, work, device.type, _prune, *given, crew=memory.crew)
     return read(work / RESULT)
 
 

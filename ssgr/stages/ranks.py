@@ -1,12 +1,19 @@
-"""Ranks: processes that share a prune: each passes some of the rows, their sums are added, the matrices are dealt out."""
+"""Ranks: processes that share a prune: each passes some of the rows, their sums are added, the matrices are dealt out.
+
+They run on one host, or on several: then each task of a job, one a host, starts as many.
+"""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
+import socket
+import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,21 +23,46 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+from ssgr import files, progress
 from ssgr.stages.collect import Collector, Sums
 
 _MEETING = "meeting"  # a file in the work folder
+_POLL = 0.2  # seconds
 _PATIENCE = timedelta(days=30)  # one rank may solve while the others wait; that one died, their parent sees
 
 
-class Ranks:
-    """One of `count` processes; with a count of 1 nothing is shared."""
+@dataclass(frozen=True)
+class Crew:
+    """The tasks of a job, one a host, that share its work; `task` is this one, and task 0 leads.
 
-    def __init__(self, rank: int = 0, count: int = 1) -> None:
-        self.rank, self.count = rank, count
+    `board` is a file that all of them see, of this start of the job alone: there the leader says what it works on. `host` is
+    the name by which the others reach this one.
+    """
+
+    task: int
+    tasks: int
+    board: Path
+    host: str
+
+    def invited(self) -> dict[str, Any] | None:
+        """What the leader works on: its `work` folder, its `count` of processes, and the `host` and `port` to meet at."""
+        found: dict[str, Any] | None = json.loads(self.board.read_text()) if self.board.exists() else None
+        return found
+
+
+class Joined(Exception):
+    """This task did its part of what the leader ends."""
+
+
+class Ranks:
+    """One of `count` processes, `here` of them on this host; with a count of 1 nothing is shared."""
+
+    def __init__(self, rank: int = 0, count: int = 1, here: int | None = None) -> None:
+        self.rank, self.count, self.here = rank, count, count if here is None else here
 
     def device(self, device: torch.device) -> torch.device:
         """The device of this rank: a GPU of its own."""
-        return torch.device("cuda", self.rank) if self.count > 1 and device.type == "cuda" else device
+        return torch.device("cuda", self.rank % self.here) if self.count > 1 and device.type == "cuda" else device
 
     def mine(self, i: int) -> bool:
         """Whether piece `i` of work falls to this rank."""
@@ -81,24 +113,29 @@ class Ranks:
             dist.barrier()
 
 
-def run(count: int, work: Path, device: str, job: Callable[..., None], *args: Any) -> None:
+def run(count: int, work: Path, device: str, job: Callable[..., None], *args: Any, crew: Crew | None = None) -> None:
     """Run `job(ranks, *args)` in `count` processes that can speak with each other; here, where it is one.
 
+    With a `crew`, each of its tasks calls this, and the processes of all share the work.
+
     Raises:
+        Joined: this task is not the leader of its crew, and the work is done.
         ValueError, OSError: what the first rank that failed raised; the others are stopped.
         RuntimeError: any other error of a rank, with its traceback.
     """
     meeting = work / _MEETING
     meeting.unlink(missing_ok=True)
-    if count == 1:
+    if count == 1 and crew is None:
         return job(Ranks(), *args)
     threads = max(1, torch.get_num_threads() // count)
-    failures = multiprocessing.get_context("spawn").SimpleQueue()
-    own = (count, os.getpid(), meeting, device, threads, failures, job, args)
+    context = multiprocessing.get_context("spawn")
+    failures, news = context.SimpleQueue(), context.SimpleQueue()
+    own = (_Place(count, meeting, crew), os.getpid(), device, threads, failures, news, job, args)
     processes: Any = torch.multiprocessing.start_processes(_begin, own, nprocs=count, join=False)  # type: ignore[attr-defined, no-untyped-call]
     try:
-        while not processes.join():
-            pass
+        while not processes.join(timeout=1):
+            while not news.empty():
+                progress.latest = news.get()
     except (ProcessExitedException, ProcessRaisedException) as error:
         first = None if failures.empty() else failures.get()  # of the others, some only missed the one that failed
         ended = [(i, -p.exitcode) for i, p in enumerate(processes.processes) if p.exitcode < 0]
@@ -110,29 +147,70 @@ def run(count: int, work: Path, device: str, job: Callable[..., None], *args: An
             ) from error
         raise first or error from error
     finally:
+        progress.latest = None
         for process in processes.processes:
             process.terminate()  # those that are left, after an interrupt
         meeting.unlink(missing_ok=True)
+        if crew is not None and crew.task == 0:
+            crew.board.unlink(missing_ok=True)
+    if crew is not None and crew.task:
+        raise Joined
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the processes of this host, `here` of them, meet the others."""
+
+    here: int
+    meeting: Path
+    crew: Crew | None
+
+    def store(self, rank: int, count: int) -> Any:
+        """What they find each other through: a file on one host, else a port of the leader's host."""
+        if self.crew is None:
+            return dist.FileStore(str(self.meeting.absolute()), count)  # type: ignore[attr-defined]
+        if rank:
+            while (found := self.crew.invited()) is None:
+                time.sleep(_POLL)
+            if found["count"] != self.here:
+                raise ValueError(
+                    f"memory.ranks=auto: {found['host']} has {found['count']} processes and {self.crew.host} {self.here}; type "
+                    f"memory.ranks={min(found['count'], self.here)}"
+                )
+            return dist.TCPStore(found["host"], found["port"], count, False, _PATIENCE, False)  # type: ignore[attr-defined]
+        family, kind, _, _, address = socket.getaddrinfo(self.crew.host, 0, type=socket.SOCK_STREAM)[0]
+        door = socket.socket(family, kind)
+        door.bind(address)  # to this host's own address and no other
+        door.listen()
+        given = (self.crew.host, door.getsockname()[1], count, True, _PATIENCE, False)
+        store = dist.TCPStore(*given, master_listen_fd=door.detach())  # type: ignore[attr-defined]
+        here = {"work": str(self.meeting.parent), "count": self.here, "host": self.crew.host, "port": given[1]}
+        files.write_json(self.crew.board, here)
+        return store
 
 
 def _begin(
-    rank: int, count: int, parent: int, meeting: Path, device: str, threads: int, failures: Any,
-    job: Callable[..., None], args: Any,
+    local: int, place: _Place, parent: int, device: str, threads: int, failures: Any, news: Any, job: Callable[..., None],
+    args: Any,
 ) -> None:  # fmt: skip
     # What the death of the parent sends; whatever a shell starts with & ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.getppid() != parent:  # it was killed before its death would be a signal to this process
         return
     torch.set_num_threads(threads)
+    if local == 0:
+        progress.told = news.put
     if device == "cuda":
-        torch.cuda.set_device(rank)
-    elif Path("/sys/class/net/lo").exists():  # the ranks are on one host
+        torch.cuda.set_device(local)
+    elif place.crew is None and Path("/sys/class/net/lo").exists():  # the ranks are on one host
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    tasks, task = (place.crew.tasks, place.crew.task) if place.crew else (1, 0)
+    rank, count = task * place.here + local, tasks * place.here
     try:
-        store = dist.FileStore(str(meeting.absolute()), count)  # type: ignore[attr-defined]
+        store = place.store(rank, count)
         backend = "nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=_PATIENCE)
-        job(Ranks(rank, count), *args)
+        job(Ranks(rank, count, place.here), *args)
         dist.barrier()
         dist.destroy_process_group()
     except Exception as error:

@@ -134,8 +134,10 @@ def collect(
     """
     device = model.torch_device()
     count = memory.processes(device)
-    with activations.removed(work):
-        run(count, work, device.type, _collect, model, tokenizer, calibration, statistic, memory, work)
+    with activations.removed(work, memory.leads):
+        run(
+            count, work, device.type, _collect, model, tokenizer, calibration, statistic, memory, work, crew=memory.crew
+        )
 
 
 @torch.no_grad()
