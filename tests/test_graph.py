@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from launchers.arrays import Array, Task, arrays, tasks
 from launchers.cluster import Resources, resources
 from launchers.submit import Settings, plan, submit
+from ssgr.files import write_json
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
 from ssgr.store import Store
@@ -249,6 +251,35 @@ def test_a_refusal_midway_keeps_what_was_submitted_on_record(tmp_path: Path) -> 
     assert [one.job for one in Records(store.root).read()] == ["1001", "1002", None]
 
 
+@pytest.mark.parametrize("writes", range(9))
+def test_a_disk_that_fills_during_a_submission_loses_nothing(
+    writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before or after a job was accepted: the same command submits the rest, once there is room."""
+    store, first, second = Store(tmp_path / "store"), Recording(), Recording()
+    sweep = sweep_of(grid(2, 3), store, tmp_path / "sweep")
+    left = [writes]
+
+    def full(path: Path, value: Any) -> None:
+        if not left[0]:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        left[0] -= 1
+        write_json(path, value)
+
+    monkeypatch.setattr("ssgr.queue.write_json", full)
+    with pytest.raises(OSError, match="No space left"):
+        submit(sweep, store, first, Settings(fold=FOLD))
+    queued = {
+        name: [Queued(f"{1001 + i}_{j}", "PENDING", "None", "0:00") for j in range(size)]
+        for i, (name, size, _) in enumerate(first.arrays)
+    }
+    monkeypatch.setattr("ssgr.queue.write_json", write_json)
+    monkeypatch.setattr("ssgr.queue.squeue", lambda names: {name: queued[name] for name in names if name in queued})
+    submit(sweep, store, second, Settings(fold=FOLD))
+    made = Counter(stage.key for work in first.work + second.work for stage in getattr(work, "stages", ()))
+    assert made == Counter(sweep.graph.stages.keys())
+
+
 def test_a_stage_that_failed_fails_all_that_need_it_and_no_other() -> None:
     graph = grid(2, 2)
     cause = graph.failed_by(["sel-c1"])
@@ -267,8 +298,13 @@ def test_resources_are_those_of_the_kind_over_the_default() -> None:
     assert resources(given, "grade").gpus == 0 and "gpus_per_node" not in resources(given, "grade").asked
     with pytest.raises(ValueError, match=r"resources\.grade\.cpus_per_task=0: give a whole number"):
         resources({"default": {"cpus_per_task": 0}}, "grade")
-    with pytest.raises(ValueError, match="a stage is one task on one node"):
-        resources({"default": {"nodes": 2}}, "prune")
+    with pytest.raises(ValueError, match=r"a job has one task a node; memory\.ranks=auto uses all GPUs"):
+        resources({"prune": {"tasks_per_node": 2}}, "prune")
+    with pytest.raises(ValueError, match="collect and prune alone run on several nodes"):
+        resources({"sample": {"nodes": 2}}, "sample")
+    two = resources({"prune": {"nodes": 2, "gpus_per_node": 4}}, "prune")
+    assert two.gpus == 8 and two.asked["nodes"] == 2 and two.asked["ntasks_per_node"] == 1
+    assert two.asked["srun_args"] == ["--kill-on-bad-exit=1"]
 
 
 def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:

@@ -284,6 +284,23 @@ def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
     assert len(again) == 2, again
 
 
+@pytest.mark.slow
+@pytest.mark.xdist_group("faults")
+def test_preempted_jobs_go_on(tmp_path: Path) -> None:
+    """A job of a partition of higher priority takes the nodes in the middle of sampling."""
+    if "urgent" not in slurm("sinfo", "-h", "-o", "%R").split():
+        pytest.skip("the cluster has no partition `urgent` that preempts others")
+    grid = Grid(tmp_path, *LONG)
+    grid.submit()
+    grid.reach(lambda: parts(grid, "sample") >= 2)
+    slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    grid.wait()
+    assert grid.complete()
+    job = grid.job(grid.key("sample"))
+    assert accounted([job])[job][0] in ("PREEMPTED", "REQUEUED") and len(accounted([job])[job]) > 1
+    assert "this job is preempted" in logs(grid)
+
+
 @pytest.mark.xdist_group("faults")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
     """Jobs are told before their time is up, put themselves back in the queue and go on."""
