@@ -3,11 +3,21 @@ PYTHON ?= python3
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: run test test-slow test-slurm test-vllm lint clean
+EXPERIMENTS := source difficulty length joint sparsity pruner budget draws
+
+.PHONY: run paper test test-slow test-slurm test-vllm lint clean
 
 # The main job: general text against the model's own hard, medium-long traces, on the model that ships.
 run: .venv/installed
 	$(BIN)/python run.py -m calib=corpus,ssgr pruner=sparsegpt
+
+# The named experiments, WORKERS at a time on one store, then the page and its figures. After a kill, the same again goes on.
+# Processes share the store, and each keeps its model loaded: jobs of their own would load it once a stage.
+paper: .venv/installed
+	mkdir -p outputs/paper
+	echo $(EXPERIMENTS) | tr ' ' '\n' | OMP_NUM_THREADS=1 xargs -P $(WORKERS) -I NAME sh -c \
+	  'echo NAME: outputs/paper/NAME.log; $(BIN)/python run.py experiment=NAME hydra.sweep.dir=outputs/paper/NAME > outputs/paper/NAME.log 2>&1'; \
+	failed=$$?; $(BIN)/python -m ssgr.report outputs/paper --html outputs/paper/report.html --figures outputs/paper/figures && exit $$failed
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm"
@@ -39,4 +49,4 @@ lint: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv *.egg-info outputs/runs outputs/sweeps outputs/store
+	rm -rf .venv *.egg-info outputs/runs outputs/sweeps outputs/paper outputs/store
