@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers import outcome
 from launchers.experiment import build
-from ssgr import pipeline
+from ssgr import pipeline, results
 from ssgr.records import RunResult
 from ssgr.store import Store
 
@@ -37,7 +37,7 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
         _log.info("%s: %d traces are in %s; the same command without shard= goes on", label(), traces, store.root)
         return None
     result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    pipeline.write(result, store, folder)
+    results.write(result, store, folder)
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
     outcome.add(folder, hits, misses)

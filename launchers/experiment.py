@@ -9,12 +9,12 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssgr import pipeline
+from ssgr.experiment import Experiment
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
 
 
-def build(cfg: DictConfig) -> pipeline.Experiment:
+def build(cfg: DictConfig) -> Experiment:
     """The experiment that `cfg` describes.
 
     Raises:
@@ -32,7 +32,7 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
 
-    return pipeline.Experiment(
+    return Experiment(
         model=make("model"),
         problems=make("problems"),
         sampler=make("sampler.engine"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssgr import pipeline
+from ssgr import results
 from ssgr.queue import Records
 from ssgr.records import RunResult
 from ssgr.report import table
@@ -20,8 +20,8 @@ def cells(sweep: Sweep, store: Store) -> Iterator[tuple[int, RunResult | None]]:
         if done is None:
             yield number, None
             continue
-        found = pipeline.result(done, sweep.benches[number], sweep.config(number))
-        pipeline.write(found, store, sweep.cell(number))
+        found = results.result(done, sweep.benches[number], sweep.config(number))
+        results.write(found, store, sweep.cell(number))
         yield number, found
 
 

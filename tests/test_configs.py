@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from ssgr import keys
-from ssgr.pipeline import Experiment
+from ssgr.experiment import Experiment
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
