@@ -135,6 +135,12 @@ def read_outcomes(path: Path) -> list[Outcome]:
     return [Outcome(**{**row, "verdict": Verdict(row["verdict"])}) for row in _read(path)]
 
 
+def read_verdicts(path: Path) -> list[tuple[str, Verdict]]:
+    """The problem id and verdict of every outcome that `write_outcomes` wrote: what scores need, without the rest."""
+    found = pq.read_table(path, columns=["problem_id", "verdict"]).to_pydict()
+    return list(zip(found["problem_id"], map(Verdict, found["verdict"]), strict=True))
+
+
 def outcomes_file(folder: Path, bench: str, which: str, kind: str = "outcomes") -> Path:
     """Where a run keeps the outcomes (or items, or `texts`) of its `dense` or `pruned` model on a benchmark."""
     return folder / kind / f"{bench}{'_dense' if which == 'dense' else ''}.parquet"

@@ -181,9 +181,11 @@ def test_a_file_gets_the_whole_table(tmp_path: Path) -> None:
 
 def test_means_without_the_outcomes_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cell(tmp_path / "a", [True])
-    (tmp_path / "a" / "outcomes" / "held_out.parquet").unlink()
-    assert main([str(tmp_path), "--by", "calib"]) == 1
-    assert "held_out.parquet cannot be read" in capsys.readouterr().err
+    file = tmp_path / "a" / "outcomes" / "held_out.parquet"
+    for content in (b"half a file", None):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert main([str(tmp_path), "--by", "calib"]) == 1
+        assert "held_out.parquet cannot be read" in capsys.readouterr().err
 
 
 def test_other_problems_have_no_common_mean(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssgr.records import Verdict
-from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_outcomes
+from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
 
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
 _NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
@@ -177,13 +177,13 @@ def by_id(path: Path) -> dict[str, float]:
             items = sorted(read_items(path), key=lambda item: item.id)
             mean = np.mean([item.weight for item in items])
             return {item.id: item.value * item.weight / float(mean) for item in items}
-        attempts = read_outcomes(path)
-    except OSError as error:
+        attempts = read_verdicts(path)
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read ({type(error).__name__}): give the whole folder of a run or a sweep, with the folder "
             "outcomes beside each result.json"
         ) from error
     right: dict[str, list[bool]] = defaultdict(list)
-    for outcome in attempts:
-        right[outcome.problem_id].append(outcome.verdict is Verdict.RIGHT)
-    return {problem: float(np.mean(right[problem])) for problem in sorted(right)}
+    for problem, verdict in attempts:
+        right[problem].append(verdict is Verdict.RIGHT)
+    return {problem: sum(right[problem]) / len(right[problem]) for problem in sorted(right)}
