@@ -9,7 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from ssgr import pipeline
+from ssgr import pipeline, tracker
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
 
@@ -32,6 +32,7 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
 
+    tracker.build(OmegaConf.to_container(cfg.tracker, resolve=True))  # type: ignore[arg-type]  # refused before hours of work
     return pipeline.Experiment(
         model=make("model"),
         problems=make("problems"),

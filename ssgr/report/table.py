@@ -29,7 +29,7 @@ _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agr
 _FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another need not
 _REPEATS = ("draw", "seed", "sampler.decoding.seed")  # what means are over
 _NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
-_NEVER = ("device", "store.", "memory.", "hydra.", "model.device", "batch_size")  # what changes no result
+_NEVER = ("device", "store.", "memory.", "hydra.", "tracker.", "model.device", "batch_size")  # what changes no result
 
 
 @dataclass(frozen=True)
