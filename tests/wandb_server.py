@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 import threading
 from collections import defaultdict
 from collections.abc import Iterator
@@ -47,8 +48,8 @@ class Server:
     artifacts: list[dict[str, Any]] = field(default_factory=list)
     used: list[dict[str, Any]] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
-    projects: set[str] = field(default_factory=set)
     operations: list[str] = field(default_factory=list)
+    refuses: bool = False  # whoever it is
 
     def graphql(self, query: str, given: dict[str, Any]) -> dict[str, Any]:
         """The data that answers a query."""
@@ -76,7 +77,7 @@ class Server:
             "id": given["name"], "name": given["name"], "config": run.told.get("config"), "tags": run.told.get("tags") or [],
             "summaryMetrics": run.files["wandb-summary.json"].get(0, "{}"), "displayName": run.told.get("displayName"),
             "historyLineCount": len(lines), "eventsLineCount": 0, "logLineCount": 0,
-            "historyTail": json.dumps(lines[-1:]), "eventsTail": "[]", "wandbConfig": "{}",
+            "historyTail": json.dumps(lines[-1:]), "eventsTail": "[]", "wandbConfig": json.dumps(json.loads(run.told["config"])["_wandb"]["value"]),
         }  # fmt: skip
         return {"model": {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "me"}, "bucket": bucket}}
 
@@ -94,8 +95,14 @@ class Server:
             }
         }
 
+    def _getdefaultentity(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"viewer": {"id": "u", "entity": "me"}}
+
     def _serverfeaturesquery(self, given: dict[str, Any]) -> dict[str, Any]:
         return {"serverInfo": {"features": []}}
+
+    def _artifacttype(self, given: dict[str, Any]) -> dict[str, Any]:
+        return {"project": {"artifact": None}}
 
     def _createartifact(self, given: dict[str, Any]) -> dict[str, Any]:
         self.artifacts.append(given["input"])
@@ -115,8 +122,16 @@ class Server:
         self.used.append(given)
         return {"useArtifact": {"artifact": {"id": given.get("artifactID", "a")}}}
 
-    def _getentityprojects(self, given: dict[str, Any]) -> dict[str, Any]:
-        return {"entity": {"projects": {"edges": [], "pageInfo": {"endCursor": None, "hasNextPage": False}}}}
+    def _projectinternalid(self, given: dict[str, Any]) -> dict[str, Any]:
+        there = given["projectName"] in {run.told["project"] for run in self.runs.values()}
+        return {"project": {"id": "p", "internalId": "1"} if there else None}
+
+    def _getprojects(self, given: dict[str, Any]) -> dict[str, Any]:
+        node = {"__typename": "Project", "id": "p", "entityName": "me", "createdAt": "2026-01-01T00:00:00",
+                "isBenchmark": False, "user": None}  # fmt: skip
+        edges = [{"node": {**node, "name": name}} for name in {run.told["project"] for run in self.runs.values()}]
+        end = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+        return {"models": {"pageInfo": end, "edges": edges}}
 
     def _upsertview(self, given: dict[str, Any]) -> dict[str, Any]:
         self.views.append(given)
@@ -150,20 +165,26 @@ def serve() -> Iterator[Server]:
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             plain = gzip.decompress(body) if self.headers.get("Content-Encoding") == "gzip" else body
-            sent = json.loads(plain) if self.command == "POST" and plain else {}
+            known = self.path == "/graphql" or self.path.endswith("/file_stream")
+            sent = json.loads(plain) if known else {}
             answer: dict[str, Any] = {}
             if self.path == "/graphql":
                 answer = {"data": state.graphql(sent["query"], sent.get("variables") or {})}
             elif self.path.endswith("/file_stream"):
                 state.stream(self.path.split("/")[-2], sent)
             content = json.dumps(answer).encode()
-            self.send_response(200)
+            self.send_response(401 if state.refuses else 200)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
             self.wfile.write(content)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    class Quiet(ThreadingHTTPServer):
+        def handle_error(self, request: Any, client_address: Any) -> None:
+            if not isinstance(sys.exception(), ConnectionError):  # a client that hangs up is none
+                super().handle_error(request, client_address)
+
+    with Quiet(("127.0.0.1", 0), Handler) as server:
         state.url = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()

@@ -41,6 +41,14 @@ def unchanging(result: Result) -> dict[str, Any]:
     return {**result, "stages": stages}
 
 
+def axes(result: Result) -> dict[str, Any]:
+    """What ablations vary, by short names, to group and filter by."""
+    config, prune = result["config"], result["prune"]
+    named = {name: config[name]["name"] for name in ("model", "calib", "difficulty", "length", "scope")}
+    pruned = {"pruner": prune["pruner"], "allocation": prune["allocation"], "sparsity": prune["sparsity_target"]}
+    return {**named, **pruned, "draw": config["calib"]["draw"]}
+
+
 def scalars(result: Result, dense_only: bool = False) -> dict[str, float]:
     """Every number of a result by its path, such as scores/held_out/pruned/accuracy; of intervals ci95_low and ci95_high."""
     scores = {name: {"dense": one["dense"]} if dense_only else one for name, one in result["scores"].items()}

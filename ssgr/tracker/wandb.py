@@ -123,7 +123,7 @@ def _forget(folder: Path, id_: str) -> None:
 def _in_a_process(asked: dict[str, Any], timeout: float) -> None:
     root = str(Path(ssgr.__path__[0]).parent)
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-m", "ssgr.tracker.wandb_run"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
@@ -131,19 +131,18 @@ def _in_a_process(asked: dict[str, Any], timeout: float) -> None:
         text=True,
         start_new_session=True,  # the library starts a service of its own, which must end with it
         env={**os.environ, "PYTHONPATH": path},
-    )
-    try:
-        _, said = process.communicate(json.dumps(asked, default=str), timeout)
-    except subprocess.TimeoutExpired:
-        where = Path(asked["root"]) / "wandb"
-        raise TimeoutError(
-            f"it took longer than {timeout:g} seconds; what it has so far is in {where}; tracker.timeout= gives it longer, "
-            "tracker.mode=offline needs no network"
-        ) from None
-    finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    ) as process:
+        try:
+            _, said = process.communicate(json.dumps(asked, default=str), timeout)
+        except subprocess.TimeoutExpired:
+            where = Path(asked["root"]) / "wandb"
+            raise TimeoutError(
+                f"it took longer than {timeout:g} seconds; what it has so far is in {where}; tracker.timeout= gives it "
+                "longer, tracker.mode=offline needs no network"
+            ) from None
+        finally:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode:
         lines = [line for line in said.splitlines() if line.strip()] or [f"it ended with status {process.returncode}"]
         raise RuntimeError(content.without_secrets(lines[-1].strip()))

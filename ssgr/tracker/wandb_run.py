@@ -55,7 +55,8 @@ def _open(asked: dict[str, Any], result: dict[str, Any], id_: str, dense: bool) 
     else:
         name, tags = ",".join(told) or "defaults", [one[:TAG] for one in told]
     keys = {key: value for key, value in result["keys"].items() if not dense or key.startswith("evaluate_dense.")}
-    shown = {**config, "keys": keys, "versions": result["versions"], "kind": "dense" if dense else "cell"}
+    own = {"dense": {"model": config["model"]["name"]}} if dense else {"cell": content.axes(result)}
+    shown = {**config, **own, "keys": keys, "versions": result["versions"]}
     return wandb.init(
         id=id_,
         project=asked["project"],
@@ -113,10 +114,8 @@ def _log_artifacts(run: Any, folder: Path, result: dict[str, Any]) -> None:
 
     used = reference("calibration", "select", folder / "calibration.parquet")
     made = reference("checkpoint", "prune", Path(result["prune"]["checkpoint"]))
-    if run.offline:  # use_artifact refuses there, as it would wait for a server; this is the record that it writes
-        run._log_artifact(used, is_user_created=True, use_after_commit=True)
-    else:
-        run.use_artifact(used)
+    # what use_artifact does first; it then waits for the server's answer, and so refuses offline
+    run._log_artifact(used, is_user_created=True, use_after_commit=True)
     run.log_artifact(made)
 
 
