@@ -73,11 +73,12 @@ class Server:
         if run is None:
             return {"model": {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "me"}, "bucket": None}}
         lines = [line for _, line in sorted(run.files["wandb-history.jsonl"].items())]
+        started = json.dumps(json.loads(run.told["config"])["_wandb"]["value"])
         bucket = {
             "id": given["name"], "name": given["name"], "config": run.told.get("config"), "tags": run.told.get("tags") or [],
             "summaryMetrics": run.files["wandb-summary.json"].get(0, "{}"), "displayName": run.told.get("displayName"),
             "historyLineCount": len(lines), "eventsLineCount": 0, "logLineCount": 0,
-            "historyTail": json.dumps(lines[-1:]), "eventsTail": "[]", "wandbConfig": json.dumps(json.loads(run.told["config"])["_wandb"]["value"]),
+            "historyTail": json.dumps(lines[-1:]), "eventsTail": "[]", "wandbConfig": started,
         }  # fmt: skip
         return {"model": {"id": "p", "name": given["project"], "entity": {"id": "e", "name": "me"}, "bucket": bucket}}
 
