@@ -32,7 +32,8 @@ def build(cfg: DictConfig) -> pipeline.Experiment:
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
 
-    tracker.build(OmegaConf.to_container(cfg.tracker, resolve=True))  # type: ignore[arg-type]  # refused before hours of work
+    chosen = OmegaConf.select(cfg, "tracker")  # it is not part of the experiment, and is refused before hours of work
+    tracker.build(OmegaConf.to_container(chosen, resolve=True) if chosen is not None else None)  # type: ignore[arg-type]
     return pipeline.Experiment(
         model=make("model"),
         problems=make("problems"),

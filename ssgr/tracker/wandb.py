@@ -20,6 +20,7 @@ import ssgr
 from ssgr import keys
 from ssgr.files import write_json
 from ssgr.records import to_json
+from ssgr.store import Store
 from ssgr.tracker import Cell, content
 
 MODES = ("offline", "online", "disabled")
@@ -60,17 +61,21 @@ class Wandb:
         if self.mode == "disabled":
             return
         result = to_json(cell.result)
+        marks = {
+            content.run_id(result): self._mark(result, dense=False),
+            content.dense_id(result): self._mark(result, dense=True),
+        }
         folder = cell.sweep.absolute() / "wandb"
-        wanted = {content.run_id(result): False, content.dense_id(result): True}
-        marks = {id_: self._mark(result, dense) for id_, dense in wanted.items()}
-        left = [id_ for id_ in wanted if _read(folder / TRACKED / f"{id_}.json") != marks[id_]]
-        if not left:
-            return
+        if _left(folder, marks):
+            with Store(cell.store).alone(TRACKED):  # two that assemble a sweep must not both make its runs
+                self._make(cell, folder, marks)
+
+    def _make(self, cell: Cell, folder: Path, marks: dict[str, dict[str, Any]]) -> None:
+        left = _left(folder, marks)
         (folder / TRACKED).mkdir(parents=True, exist_ok=True)
-        (cell.store / TRACKED).mkdir(parents=True, exist_ok=True)
         for id_ in left:
             _forget(folder, id_)
-        runs = {id_: {"dense": wanted[id_], "history": not self._known(cell.store, id_)} for id_ in left}
+        runs = {id_: {"dense": marks[id_]["dense"], "history": not self._known(cell.store, id_)} for id_ in left}
         asked = {
             **asdict(self),
             "runs": runs,
@@ -78,7 +83,8 @@ class Wandb:
             "root": str(cell.sweep.absolute()),
             "overrides": list(cell.overrides),
         }
-        _in_a_process(asked, self.timeout)
+        if runs:
+            _in_a_process(asked, self.timeout)
         for id_ in left:
             write_json(folder / TRACKED / f"{id_}.json", marks[id_])
             if runs[id_]["history"]:
@@ -103,7 +109,12 @@ class Wandb:
         same = content.unchanging(result)
         shown = content.scalars(same, dense_only=True) if dense else same
         whole = {"shown": json.dumps(shown, sort_keys=True, default=str), "samples": [self.samples, self.sample_chars]}
-        return {**self._place, "content": keys.digest(whole)}
+        return {**self._place, "dense": dense, "content": keys.digest(whole)}
+
+
+def _left(folder: Path, marks: dict[str, dict[str, Any]]) -> list[str]:
+    """The runs that are not there, or not as they should be."""
+    return [id_ for id_, mark in marks.items() if _read(folder / TRACKED / f"{id_}.json") != mark]
 
 
 def _read(file: Path) -> object:

@@ -99,7 +99,7 @@ def _show(run: Any, asked: dict[str, Any], result: dict[str, Any], dense: bool) 
         shown.append(("stages", ["stage", "seconds", "peak MiB"], content.stages(result)))
         shown.append(("funnel", ["step", "left"], result["calibration"]["funnel"]))
     for name, columns, rows in shown:
-        run.summary[f"tables/{name}"] = wandb.Table(columns=[*columns], data=rows)
+        run.summary[f"tables/{name}"] = wandb.Table(columns=[*columns], data=rows, allow_mixed_types=True)
 
 
 def _log_artifacts(run: Any, folder: Path, result: dict[str, Any]) -> None:
