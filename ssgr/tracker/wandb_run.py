@@ -47,7 +47,7 @@ def _open(asked: dict[str, Any], result: dict[str, Any], id_: str, dense: bool) 
         x_save_requirements=False,
     )
     config = result["config"]
-    told = [one for one in asked["overrides"] if not one.lstrip("+~").startswith(_NO_TAG)]
+    told = [content.without_secrets(one) for one in asked["overrides"] if not one.lstrip("+~").startswith(_NO_TAG)]
     if dense:
         name, kept = f"dense {config['model']['name']}", ("model", "problems", "bench", "grader")
         tags = ["dense"]
@@ -66,8 +66,8 @@ def _open(asked: dict[str, Any], result: dict[str, Any], id_: str, dense: bool) 
         resume="allow" if asked["mode"] == "online" else None,  # offline there is nobody to ask
         group=content.without_secrets(Path(asked["root"]).name),
         job_type="evaluate" if dense else "prune",
-        name=content.without_secrets(name)[:NAME],
-        tags=content.without_secrets(tags),
+        name=name[:NAME],
+        tags=tags,
         config=content.without_secrets(shown),
         settings=settings,
     )
