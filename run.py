@@ -14,11 +14,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `d
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import outcome
 from launchers.experiment import build
-from ssgr import pipeline, results
+from ssgr import pipeline, results, tracker
 from ssgr.records import RunResult
 from ssgr.store import Store
 
@@ -29,7 +30,8 @@ _log = logging.getLogger("ssgr")
 
 def run_cell(cfg: DictConfig) -> RunResult | None:
     """Run one cell and write its result.json into the folder that Hydra made for it; a part only samples."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    own = HydraConfig.get()
+    folder = Path(own.runtime.output_dir)
     store = Store(Path(cfg.store.path))
     experiment = build(cfg)
     if experiment.shard is not None:
@@ -38,6 +40,8 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
         return None
     result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     results.write(result, store, folder)
+    sweep = Path(own.sweep.dir) if own.mode == RunMode.MULTIRUN else folder
+    tracker.track(tracker.Cell(result, folder, sweep, store.root, tuple(own.overrides.task)))
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
     outcome.add(folder, hits, misses)

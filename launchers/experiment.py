@@ -9,6 +9,7 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from ssgr import tracker
 from ssgr.experiment import Experiment
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
@@ -32,6 +33,8 @@ def build(cfg: DictConfig) -> Experiment:
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
 
+    chosen = OmegaConf.select(cfg, "tracker")  # it is not part of the experiment, and is refused before hours of work
+    tracker.build(OmegaConf.to_container(chosen, resolve=True) if chosen is not None else None)  # type: ignore[arg-type]
     return Experiment(
         model=make("model"),
         problems=make("problems"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from ssgr import results
+from ssgr import results, tracker
 from ssgr.queue import Records
 from ssgr.records import RunResult
 from ssgr.report import table
@@ -14,7 +14,7 @@ from ssgr.sweep import Sweep, read
 
 
 def cells(sweep: Sweep, store: Store) -> Iterator[tuple[int, RunResult | None]]:
-    """Every cell with its result, written into its folder; None where something is missing."""
+    """Every cell with its result, written into its folder and tracked; None where something is missing."""
     for number in sweep.overrides:
         done = _done(sweep, store, number)
         if done is None:
@@ -22,6 +22,8 @@ def cells(sweep: Sweep, store: Store) -> Iterator[tuple[int, RunResult | None]]:
             continue
         found = results.result(done, sweep.benches[number], sweep.config(number))
         results.write(found, store, sweep.cell(number))
+        overrides = tuple(sweep.overrides[number])
+        tracker.track(tracker.Cell(found, sweep.cell(number), sweep.folder, store.root, overrides))
         yield number, found
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ssgr import assemble, sweep
 from ssgr.report import table
 from ssgr.store import Store
+from ssgr.tracker import wandb_report
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,12 +22,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--by", help="means over all cells that agree in these fields, such as calib,pruner")
     parser.add_argument("--against", metavar="FIELD=VALUE", help="also the paired difference to this control, such as "
                         "calib=matched (with --by, or with all fields but the draw)")  # fmt: skip
+    parser.add_argument(
+        "--wandb", action="store_true", help="also send it to W&B as a report, where tracker=wandb sent the runs"
+    )
+    parser.add_argument("--project", default="ssgr", help="W&B's project")
+    parser.add_argument("--entity", help="W&B's account or team; by default that of the login")
     args = parser.parse_args(arguments)
     try:
         holes = _assembled(args.paths)
         cells = table.find(args.paths)
         by = args.by.split(",") if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
+        if args.wandb:
+            print(_sent(args, cells, content))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -37,6 +45,16 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         print(table.markdown(content) if args.format == "markdown" else table.comma_separated(content))
     return 0
+
+
+def _sent(args: argparse.Namespace, cells: list[table.Cell], content: table.Rows) -> str:
+    """Send a report of W&B with the tables; its address."""
+    found = {cell.path: cell.result for cell in cells}
+    name = " ".join(path.absolute().name for path in args.paths)
+    shown = {"Results": table.markdown(content)}
+    if len({cell.fields["draw"] for cell in cells}) > 1:
+        shown["Means over draws"] = table.markdown(table.means(cells))
+    return wandb_report.publish(name, list(found.values()), shown, args.project, args.entity)
 
 
 def _assembled(paths: list[Path]) -> list[str]:

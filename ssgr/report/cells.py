@@ -18,7 +18,7 @@ from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
 
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
 _NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
-_NEVER = ("device", "store.", "memory.", "hydra.", "model.device", "batch_size")  # what changes no result
+_NEVER = ("device", "store.", "memory.", "hydra.", "tracker.", "model.device", "batch_size")  # what changes no result
 
 
 @dataclass(frozen=True)
