@@ -113,3 +113,9 @@ def test_config_groups_are_the_agreed_ones() -> None:
     groups = {p.name for p in CONF.iterdir() if p.is_dir()}
     assert {"model", "problems", "sampler", "grader", "calib", "difficulty", "length", "scope", "pruner", "sparsity",
             "allocation", "bench", "experiment"} <= groups  # fmt: skip
+
+
+def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
+    """All but rac, whose models come from the hub."""
+    named = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("EXPERIMENTS"))
+    assert set(named.split(":= ")[1].split()) == {f.stem for f in (CONF / "experiment").glob("*.yaml")} - {"rac"}
