@@ -1,0 +1,223 @@
+"""One HTML page of a sweep that needs nothing beside itself: no network, no server, no account."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ssgr.report import charts, figures, inside, ran, traces
+from ssgr.report.figures import Absent, Figure
+from ssgr.report.groups import Group, groups
+from ssgr.report.table import Cell, read, told_apart
+
+FILE = "report.html"
+_TEMPLATES = "templates"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a page shows, before it is HTML."""
+
+    cells: tuple[Cell, ...]
+    groups: tuple[Group, ...]
+    by_group: tuple[tuple[Figure | Absent, ...], ...]
+    by_model: dict[str, tuple[Figure | Absent, ...]]
+    stages: Figure | Absent
+    holes: tuple[str, ...]
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Every figure that there is data for."""
+        every = [*sum(self.by_group, ()), *sum(self.by_model.values(), ()), self.stages]
+        return [one for one in every if isinstance(one, Figure)]
+
+
+def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
+    """Every cell at or below `paths` that can be read, and a sentence for each result.json that cannot.
+
+    Raises:
+        ValueError: there is none that can be read, or two have the same settings and other results.
+    """
+    given = list(paths)
+    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json")))]
+    cells: list[Cell] = []
+    holes: list[str] = []
+    for file in found:
+        try:
+            cells += [_checked(cell) for cell in read(file)]
+        except (ValueError, KeyError, TypeError) as error:
+            holes.append(f"{error}: it was written by another version of ssgr or damaged; give its command again")
+    if not cells:
+        why = f"; {holes[0]}" if holes else ""
+        raise ValueError(
+            f"no result.json that can be read at or below {', '.join(map(str, given))}{why}: type the folder of a run or a "
+            "sweep, such as outputs/sweeps/NAME, or make one with python run.py -m calib=corpus,ssgr"
+        )
+    return told_apart(cells), holes
+
+
+def _checked(cell: Cell) -> Cell:
+    """A cell that has all that no page can do without."""
+    score, own = cell.score, cell.result
+    try:
+        _ = own["keys"]["select"], own["config"]["model"]["name"], score["difference"], score["ci95"]
+        for which in ("dense", "pruned"):
+            _ = score[which].get("accuracy", score[which].get("value")), score[which]["ci95"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{cell.path} has no {error}") from error
+    return cell
+
+
+def gather(cells: Sequence[Cell], holes: Iterable[str] = ()) -> Report:
+    """All that a page of these cells shows."""
+    some = tuple(groups(cells))
+    models = dict.fromkeys(cell.fields["model"] for cell in cells)
+    return Report(
+        cells=tuple(cells),
+        groups=some,
+        by_group=tuple(tuple(charts.of_group(group)) for group in some),
+        by_model={
+            model: tuple(inside.of_model(model, [c for c in cells if c.fields["model"] == model])) for model in models
+        },
+        stages=inside.stages(cells),
+        holes=tuple(holes),
+    )
+
+
+def write(cells: Sequence[Cell], file: Path, holes: Iterable[str] = (), folder: Path | None = None) -> Report:
+    """Write the page of some cells to `file`, and its figures into `folder`.
+
+    Raises:
+        ValueError: one of them cannot be written.
+    """
+    report = gather(cells, holes)
+    content = render(report)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        figures.replace(file, content.encode("utf-8"))
+    except OSError as error:
+        raise ValueError(f"--html {file} cannot be written ({error.strerror}): choose another file") from error
+    if folder is not None:
+        figures.write(report.figures, folder)
+    return report
+
+
+def render(report: Report) -> str:
+    """The page: every script and style in it is named in its policy by its hash, and nothing else may run or load."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("ssgr.report", _TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["visible"] = traces.visible
+    room = traces.Room()
+    sections = [
+        {
+            "id": f"group{i}",
+            "group": group,
+            "table": table(group),
+            "figures": own,
+            "traces": _traces(group, room),
+        }
+        for i, (group, own) in enumerate(zip(report.groups, report.by_group, strict=True))
+    ]
+    own = {"bundle": bundle(), "script": _own("page.js"), "style": _own("page.css")}
+    return environment.get_template("page.html.j2").render(
+        report=report,
+        facts=ran.facts(report.cells),
+        sections=sections,
+        is_figure=lambda one: isinstance(one, Figure),
+        policy=_policy(own),
+        **own,
+    )
+
+
+def _traces(group: Group, room: traces.Room) -> dict[str, Any] | str:
+    if group.metric != "accuracy" or "attempts" not in group.cells[0].score["dense"]:
+        return f"{group.bench} is measured without answers, so there are no traces to read."
+    try:
+        return traces.sample(group.labelled, room)
+    except (OSError, ValueError, KeyError) as error:
+        return f"The answers cannot be read ({type(error).__name__}: {error}): give the command of the sweep again."
+
+
+def table(group: Group) -> dict[str, Any]:
+    """The leaderboard of a group: its columns, and a row for each record with what is shown and what is sorted by."""
+    fields = [name for name in group.varied if name not in ("draw", "seed") and not name.endswith("decoding.seed")]
+    fields = [name for name in ("calib", "pruner") if name not in fields] + fields
+    columns = [
+        *fields, charts.metric_title(group), "minus dense", *(["minus matched"] if group.control else []), "tokens", "cut",
+        "looping", "zeros", "draws × seeds", "problems",
+    ]  # fmt: skip
+    rows = []
+    for row in group.records:
+        cells = [(row["calib"] or "dense" if name == "calib" else row[name], row[name], "") for name in fields]
+        cells.append((_interval(row, "value", signed=False), row["value"], ""))
+        for which in ("to_dense", *(["to_control"] if group.control else [])):
+            cells.append((_interval(row, which, signed=True), row.get(which, ""), _doubt(row, which)))
+        cells += [
+            (_shown(row.get("tokens"), ".1f"), row.get("tokens", ""), ""),
+            (_shown(row.get("cut"), ".1%"), row.get("cut", ""), ""),
+            (_shown(row.get("looping"), ".1%"), row.get("looping", ""), ""),
+            (_shown(row["sparsity_realised"], ".1%"), row["sparsity_realised"], ""),
+            (f"{row['draw']} × {row['seed']}", row["draw"] * row["seed"], ""),
+            (str(row["problem"]), row["problem"], ""),
+        ]
+        rows.append({"label": row["label"], "kind": row["kind"], "cells": cells})
+    filters = {name: list(dict.fromkeys(row[name] for row in group.pruned)) for name in fields}
+    return {"columns": columns, "fields": len(fields), "rows": rows, "filters": {n: v for n, v in filters.items() if len(v) > 1},
+            "names": fields}  # fmt: skip
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _interval(row: dict[str, Any], name: str, signed: bool) -> str:
+    if name not in row:
+        return ""
+    before, sign = ("" if name == "value" else f"{name}_"), ("+" if signed else "")
+    return f"{row[name]:{sign}.3f} [{row[f'{before}low']:{sign}.3f}, {row[f'{before}high']:{sign}.3f}]"
+
+
+def _doubt(row: dict[str, Any], name: str) -> str:
+    """The words beside a difference that may be zero."""
+    return "not told apart" if row.get(f"{name}_unsure") else ""
+
+
+def _own(name: str) -> str:
+    return (files("ssgr.report") / _TEMPLATES / name).read_text(encoding="utf-8")
+
+
+@cache
+def bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, in the version that Altair writes for."""
+    import altair
+    import vl_convert
+
+    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
+    script = vl_convert.javascript_bundle(vl_version=version)
+    assert "</script" not in script.lower() and "<!--" not in script
+    return script
+
+
+def _policy(own: dict[str, str]) -> str:
+    """The page's Content-Security-Policy."""
+    script, style = f"{_hash(own['bundle'])} {_hash(own['script'])}", _hash(own["style"])
+    return (
+        f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hash(content: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
