@@ -31,9 +31,9 @@ def finish() -> None:
     runs = len({cell.path for cell in DONE})
     if cells := table.told_apart(DONE):
         table.show(table.rows(cells))
-        if len({cell.fields["draw"] for cell in cells}) > 1:
+        if any(len({cell.fields[repeat] for cell in cells}) > 1 for repeat in ("draw", "seed")):
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
-            table.show(table.means(cells, against=control), "means over draws")
+            table.show(table.means(cells, against=control), "means over draws and seeds")
     if runs > 1 and any(_STAGES):
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
     if FAILED and (DONE or len(FAILED) > 1):

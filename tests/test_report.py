@@ -24,8 +24,10 @@ from ssgr.report.__main__ import main
 from tests.conftest import ROOT
 
 
-def cell(folder: Path, right: list[bool], problems: str = "p", **settings: Any) -> None:
-    """A result.json with its outcomes, as a run leaves them; `settings` by dotted name."""
+def cell(
+    folder: Path, right: list[bool], problems: str = "p", dense: list[bool] | None = None, **settings: Any
+) -> None:
+    """A result.json with its outcomes, as a run leaves them; `settings` by dotted name; the dense model is right unless told."""
     config: dict[str, Any] = {
         "model": {"name": "tiny"}, "calib": {"name": "ssgr", "_target_": "Own", "draw": 0, "verdict": "right"},
         "difficulty": {"name": "hard", "low": 0.5}, "length": {"name": "any"}, "scope": {"name": "both"},
@@ -56,14 +58,14 @@ def cell(folder: Path, right: list[bool], problems: str = "p", **settings: Any) 
     told = json.dumps({k: v for k, v in config.items() if k not in ("device", "store")}, sort_keys=True)
     result = {
         "config": config,
-        "keys": {"select": f"s{told}", f"evaluate_pruned.{bench}": f"p{told}", f"evaluate_dense.{bench}": "d"},
+        "keys": {"select": f"s{told}", f"evaluate_pruned.{bench}": f"p{told}", f"evaluate_dense.{bench}": f"d{config['bench']}"},
         "stages": {}, "calibration": {"tokens": {"asked": 400}},
         "prune": {"pruner": config["pruner"]["name"], "sparsity_realised": 0.5},
         "scores": {bench: {"dense": score, "pruned": score, "difference": 0, "ci95": [0, 0]}},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
     (folder / "outcomes").mkdir()
-    for which, values in (("pruned", right), ("dense", [True] * len(right))):
+    for which, values in (("pruned", right), ("dense", dense or [True] * len(right))):
         tables.write_outcomes(
             tables.outcomes_file(folder, bench, which),
             [
@@ -112,7 +114,7 @@ def test_means_are_over_draws_and_seeds(tmp_path: Path) -> None:
         for draw in (0, 1):
             cell(tmp_path / f"{seed}{draw}", [True], calib__draw=draw, sampler__decoding={"seed": seed})
     (row,) = table.means(table.find([tmp_path]))
-    assert row["draws"] == "4"
+    assert row["draws"] == "4" and row["seeds"] == "1"  # another seed of the sampler is another calibration set
 
 
 def test_a_budget_of_rows_is_one_budget(tmp_path: Path) -> None:
@@ -173,7 +175,8 @@ def test_a_file_gets_the_whole_table(tmp_path: Path) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, check=True, env={**os.environ, "COLUMNS": "60"}
     )
-    assert "…" not in done.stdout and len({len(line) for line in done.stdout.splitlines()}) == 1
+    *lines, note = done.stdout.splitlines()
+    assert "…" not in done.stdout and len({len(line) for line in lines}) == 1 and note == table.CELL_NOTE
 
 
 def test_means_without_the_outcomes_say_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
