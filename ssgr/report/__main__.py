@@ -1,5 +1,5 @@
 """Rebuild the table of a run or a sweep: python -m ssgr.report PATH... [--format text|markdown|csv] [--by FIELDS
-[--against FIELD=VALUE]].
+[--against FIELD=VALUE]], or its page and figures: [--html FILE] [--figures DIR].
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--by", help="means over all cells that agree in these fields, such as calib,pruner")
     parser.add_argument("--against", metavar="FIELD=VALUE", help="also the paired difference to this control, such as "
                         "calib=matched (with --by, or with all fields but the draw)")  # fmt: skip
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page with everything, which needs no network"
+    )
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as CSV, SVG and PNG")
     args = parser.parse_args(arguments)
     try:
         holes = _assembled(args.paths)
+        if args.html or args.figures:
+            return _page(args, holes)
         cells = table.find(args.paths)
         by = args.by.split(",") if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
@@ -36,6 +42,28 @@ def main(arguments: list[str] | None = None) -> int:
         table.show(content)
     else:
         print(table.markdown(content) if args.format == "markdown" else table.comma_separated(content))
+    return 0
+
+
+def _page(args: argparse.Namespace, holes: list[str]) -> int:
+    """Write the page, the figures or both; the tables are in the page."""
+    from ssgr.report import figures, page  # Altair takes a second to load
+
+    if args.by or args.against:
+        raise ValueError(
+            "--by and --against are for tables: the page shows every field, and compares with calib=matched"
+        )
+    cells, unread = page.find(args.paths)
+    holes += unread
+    report = page.gather(cells, holes)
+    if args.html:
+        page.write(report, args.html)
+        print(f"{args.html}: {len(cells)} results, {len(holes)} missing")
+    if args.figures:
+        written = figures.write(report.figures, args.figures)
+        print(f"{args.figures}: {len(written)} files of {len(report.figures)} figures")
+    for hole in holes:
+        print(hole, file=sys.stderr)
     return 0
 
 

@@ -30,13 +30,17 @@ _PAPER: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: a Vega-Lite specification of its data set `rows`; `caption` says what is shown, of how much, in which unit."""
+    """A figure: a Vega-Lite specification of its data set `rows`; `caption` says what is shown, of how much, in which unit.
+
+    A `wide` one takes the whole width of the page.
+    """
 
     name: str
     title: str
     caption: str
     rows: Records
     spec: dict[str, Any]
+    wide: bool = False
 
     @property
     def columns(self) -> list[str]:
@@ -93,7 +97,9 @@ def write(figures: Sequence[Figure], folder: Path) -> list[Path]:
                 out.append(folder / f"{figure.name}.{kind}")
                 replace(out[-1], content)
     except OSError as error:
-        raise ValueError(f"the folder of figures {folder} cannot be written ({error.strerror}): choose another") from error
+        raise ValueError(
+            f"the folder of figures {folder} cannot be written ({error.strerror}): choose another"
+        ) from error
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from ssgr.report.cells import Cell
 from ssgr.report.compare import Comparison, Gap, compare
 from ssgr.report.figures import Records
-from ssgr.report.table import Cell
 
 CONTROL = "calib=matched"
 _OWN_AXIS = ("model", "bench", "draw", "seed")  # what no label says: headings do, or it is averaged over
+FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another ignores
 _BARE = ("calib", "pruner", "sparsity")  # whose values need no name beside them
 
 
@@ -22,7 +24,8 @@ _BARE = ("calib", "pruner", "sparsity")  # whose values need no name beside them
 class Group:
     """All cells of one model on one benchmark; `records` has a row for each dense model and each group of draws and seeds.
 
-    `trouble` says why means have no intervals, where something that they need is missing.
+    `trouble` says why means have no intervals, where something that they need is missing; `alike` counts cells that are left
+    out, as their source ignores the filters in which they differ from another.
     """
 
     model: str
@@ -33,6 +36,7 @@ class Group:
     varied: tuple[str, ...]
     control: str | None
     trouble: str = ""
+    alike: int = 0
     budgets: tuple[str, ...] = field(default=())
 
     @property
@@ -71,6 +75,7 @@ def groups(cells: Sequence[Cell]) -> list[Group]:
 
 
 def _group(model: str, bench: str, cells: list[Cell]) -> Group:
+    every, cells = cells, once(cells)
     control = CONTROL if any(cell.fields["calib"] == "matched" for cell in cells) else None
     varied = tuple(name for name in cells[0].fields if len({cell.fields[name] for cell in cells}) > 1)
     trouble = ""
@@ -83,18 +88,31 @@ def _group(model: str, bench: str, cells: list[Cell]) -> Group:
         records = [_alone(cell, varied) for cell in cells]
         labelled = tuple((row["label"], cell) for row, cell in zip(records, cells, strict=True))
     budgets = tuple(dict.fromkeys(cell.fields["budget"] for cell in cells))
-    return Group(model, bench, tuple(cells), records, labelled, varied, control, trouble, budgets)
+    return Group(
+        model, bench, tuple(cells), records, labelled, varied, control, trouble, len(every) - len(cells), budgets
+    )
+
+
+def once(cells: Sequence[Cell]) -> list[Cell]:
+    """Without cells that are another by all but filters that their source ignores."""
+    seen: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        rest = (value for name, value in cell.fields.items() if name.partition(".")[0] not in FILTERS)
+        seen.setdefault((cell.key("pruned"), cell.key("dense"), *rest), cell)
+    return list(seen.values())
 
 
 def label(cell: Cell, varied: Sequence[str], without: Sequence[str] = ()) -> str:
     """What tells a cell from the others, but for draws, seeds and the fields `without`."""
-    shown = [name for name in cell.fields if name in varied or name in ("calib", "pruner")]
     parts = [
-        cell.fields[name] if name in _BARE else f"{name} {cell.fields[name]}"
-        for name in shown
-        if name not in (*_OWN_AXIS, *without) and not name.endswith("decoding.seed")
+        value if name in _BARE else f"{name} {value}"
+        for name, value in cell.fields.items()
+        if name in varied
+        and name not in (*_OWN_AXIS, *without)
+        and not name.endswith("decoding.seed")
+        and value != "any"
     ]
-    return ", ".join(parts) or cell.fields["calib"]
+    return ", ".join(parts) or ("all" if "calib" in without else cell.fields["calib"])
 
 
 def _dense(found: Sequence[Comparison]) -> Records:
@@ -153,8 +171,8 @@ def _numbers(name: str, mean: float, ci95: Sequence[float]) -> dict[str, Any]:
     return {name or "value": _six(mean), f"{before}low": _six(ci95[0]), f"{before}high": _six(ci95[1])}
 
 
-def _six(value: float) -> float:
-    return float(f"{value:.6g}")
+def _six(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _gap(name: str, gap: Gap) -> dict[str, Any]:

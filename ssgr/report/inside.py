@@ -11,10 +11,10 @@ import numpy as np
 
 from ssgr.difficulty import wrong_shares
 from ssgr.records import Graded, Trace, Verdict
-from ssgr.report.charts import MANY, base, figure
+from ssgr.report.cells import Cell
+from ssgr.report.charts import MANY, base, color, figure, legend, panelled, shape
 from ssgr.report.figures import Absent, Figure, Records
-from ssgr.report.groups import label
-from ssgr.report.table import Cell
+from ssgr.report.groups import label, once
 from ssgr.stages import grade
 from ssgr.stages.select import ROWS
 from ssgr.tables import read_rows
@@ -27,6 +27,7 @@ _ASSEMBLED = frozenset({"sparsity", "pruner", "allocation", "propagate", "bench"
 def of_model(model: str, cells: Sequence[Cell]) -> list[Figure | Absent]:
     """Every figure of what the cells of one model selected and pruned."""
     varied = [name for name in cells[0].fields if len({cell.fields[name] for cell in cells}) > 1]
+    cells = once(cells)
     selections = _first(cells, "select", varied, without=_ASSEMBLED)
     return [
         *_if(funnels(model, selections)),
@@ -56,14 +57,20 @@ def funnels(model: str, selections: dict[str, Cell]) -> Figure | None:
     rows: Records = []
     for name, cell in list(selections.items())[:_SELECTIONS]:
         steps = cell.result.get("calibration", {}).get("funnel", ())
-        rows += [{"selection": name, "step": f"{i + 1}. {step}", "count": count} for i, (step, count) in enumerate(steps)]
+        rows += [
+            {"selection": name, "step": f"{i + 1}. {step}", "count": count} for i, (step, count) in enumerate(steps)
+        ]
     if not rows:
         return None
-    chart = base(y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=170)), x=alt.X("count:Q", title="left", axis=None))
+    chart = base(
+        y=alt.Y("step:N", title=None, sort=None, axis=alt.Axis(labelLimit=170)),
+        x=alt.X("count:Q", title="left", axis=None),
+    )
     bars = chart.mark_bar(height=14).encode(tooltip=["selection:N", "step:N", "count:Q"])
     texts = chart.mark_text(align="left", dx=4).encode(text=alt.Text("count:Q", format=","))
-    drawn = alt.layer(bars, texts).properties(width=190, height=alt.Step(20))
-    facet = drawn.facet(facet=alt.Facet("selection:N", title=None, sort=None), columns=2).resolve_scale(y="independent", x="independent")
+    drawn = alt.layer(bars, texts).properties(width=150, height=alt.Step(20))
+    names = list(dict.fromkeys(row["selection"] for row in rows))
+    facet = panelled(drawn, "selection", names, beside=185).resolve_scale(y="independent")
     caption = f"How many rows each filter left for {model}; the first draw of each selection.{_more(selections)}"
     return figure(_name("funnel", model), "Funnel of each selection", caption, rows, facet)
 
@@ -140,13 +147,12 @@ def _histogram(name: str, title: str, unit: str, values: dict[str, list[Any]], e
             for low, high, count in zip(edges[:-1], edges[1:], counts, strict=True)
         ]  # fmt: skip
     chart = base(
-        x=alt.X("from:Q", title=unit, scale=alt.Scale(zero=False)), x2="to:Q",
+        x=alt.X("from:Q", title=unit, bin="binned"), x2="to:Q",
         y=alt.Y("share:Q", title="share", axis=alt.Axis(format="%", tickCount=3)),
         tooltip=["series:N", "from:Q", "to:Q", "count:Q", "share:Q"],
     )  # fmt: skip
-    drawn = chart.mark_bar(binSpacing=1).properties(width=240, height=100)
-    faceted = drawn.facet(facet=alt.Facet("series:N", title=None, sort=None), columns=2)
-    return figure(name, title, said, rows, faceted)
+    drawn = chart.mark_bar(binSpacing=1).properties(width=180, height=100)
+    return figure(name, title, said, rows, panelled(drawn, "series", list(values), beside=65))
 
 
 def layers(model: str, prunes: dict[str, Cell]) -> list[Figure | Absent]:
@@ -170,12 +176,11 @@ def layers(model: str, prunes: dict[str, Cell]) -> list[Figure | Absent]:
             chart = base(
                 x=alt.X("number:Q", title="layer, in the order of the model", axis=alt.Axis(tickMinStep=1)),
                 y=alt.Y(f"{column}:Q", title=unit, scale=alt.Scale(zero=False)),
-                color=alt.Color("series:N", title=None, sort=None, legend=alt.Legend(orient="top", columns=2, labelLimit=300)),
+                color=color("series", list(shown)),
                 tooltip=["series:N", "layer:N", f"{column}:Q"],
             )  # fmt: skip
-            dash = alt.StrokeDash("series:N", sort=None, legend=None)
-            points = chart.mark_point(size=14, filled=True, opacity=1)
-            drawn = (chart.mark_line(strokeWidth=1.5).encode(strokeDash=dash) + points).properties(width="container", height=260)
+            points = chart.mark_point(size=30, filled=True, opacity=1).encode(shape=shape("series", list(shown)))
+            drawn = (chart.mark_line(strokeWidth=1.5) + points).properties(width="container", height=260)
             caption = f"{model}, the first draw of each setting.{left}"
             out.append(figure(_name(f"layers_{column}", model), title, caption, rows, drawn))
     return out
@@ -202,7 +207,9 @@ def stages(cells: Sequence[Cell]) -> Figure | Absent:
             cached = run.get("cached", False) and (before is None or before[1])
             made[name, key] = float(run["seconds"]), cached, float(run.get("peak_rss_mib") or 0)
     if not made:
-        return Absent("Where the time went", "These results say nothing of their stages: give the command of the sweep again.")
+        return Absent(
+            "Where the time went", "These results say nothing of their stages: give the command of the sweep again."
+        )
     by: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (name, _), (seconds, cached, mib) in made.items():
         what = "read from the store, made earlier" if cached else "made here"
@@ -215,10 +222,9 @@ def stages(cells: Sequence[Cell]) -> Figure | Absent:
     chart = base(
         y=alt.Y("stage:N", title=None, sort=None),
         x=alt.X("seconds:Q", title="seconds to make"),
-        color=alt.Color("what:N", title=None, legend=alt.Legend(orient="top", columns=1)),
-        order=alt.Order("what:N"),
+        color=alt.Color("what:N", title=None, legend=legend(["what"])),
         tooltip=["stage:N", "what:N", "stages:Q", "seconds:Q", "peak_host_mib:Q"],
     )
     caption = "Each stage counts once, however many cells use it."
     drawn = chart.mark_bar(height=16).properties(width="container", height=alt.Step(24))
-    return figure("stages", "Where the time went", caption, rows, drawn)
+    return figure("stages", "Where the time went", caption, rows, drawn, wide=True)

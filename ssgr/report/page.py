@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.report import charts, figures, inside, ran, traces
+from ssgr.report.cells import Cell, read, told_apart
 from ssgr.report.figures import Absent, Figure
 from ssgr.report.groups import Group, groups
-from ssgr.report.table import Cell, read, told_apart
 
-FILE = "report.html"
+FILE, FIGURES = "report.html", "figures"  # what a sweep leaves in its folder
+_log = logging.getLogger("ssgr")
 _TEMPLATES = "templates"
 
 
@@ -45,7 +47,7 @@ def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
         ValueError: there is none that can be read, or two have the same settings and other results.
     """
     given = list(paths)
-    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json")))]
+    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=_natural))]
     cells: list[Cell] = []
     holes: list[str] = []
     for file in found:
@@ -60,6 +62,11 @@ def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
             "sweep, such as outputs/sweeps/NAME, or make one with python run.py -m calib=corpus,ssgr"
         )
     return told_apart(cells), holes
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """An order in which cell 10 comes after cell 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
 
 
 def _checked(cell: Cell) -> Cell:
@@ -90,22 +97,32 @@ def gather(cells: Sequence[Cell], holes: Iterable[str] = ()) -> Report:
     )
 
 
-def write(cells: Sequence[Cell], file: Path, holes: Iterable[str] = (), folder: Path | None = None) -> Report:
-    """Write the page of some cells to `file`, and its figures into `folder`.
+def write(report: Report, file: Path) -> None:
+    """Write the page whole.
 
     Raises:
-        ValueError: one of them cannot be written.
+        ValueError: it cannot be written.
     """
-    report = gather(cells, holes)
     content = render(report)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figures.replace(file, content.encode("utf-8"))
     except OSError as error:
         raise ValueError(f"--html {file} cannot be written ({error.strerror}): choose another file") from error
-    if folder is not None:
-        figures.write(report.figures, folder)
-    return report
+
+
+def leave(folder: Path, holes: Iterable[str] = (), with_figures: bool = False) -> Path | None:
+    """Write the page of a sweep into its folder, or warn why there is none: results are never lost for the want of a page."""
+    try:
+        cells, unread = find([folder])
+        report = gather(cells, [*holes, *unread])
+        write(report, folder / FILE)
+        if with_figures:
+            figures.write(report.figures, folder / FIGURES)
+    except Exception as error:
+        _log.warning("no page of %s was written (%s: %s)", folder, type(error).__name__, error)
+        return None
+    return folder / FILE
 
 
 def render(report: Report) -> str:
@@ -153,8 +170,9 @@ def _traces(group: Group, room: traces.Room) -> dict[str, Any] | str:
 
 def table(group: Group) -> dict[str, Any]:
     """The leaderboard of a group: its columns, and a row for each record with what is shown and what is sorted by."""
-    fields = [name for name in group.varied if name not in ("draw", "seed") and not name.endswith("decoding.seed")]
-    fields = [name for name in ("calib", "pruner") if name not in fields] + fields
+    repeats = ("draw", "seed", "model", "bench")
+    fields = [name for name in group.varied if name not in repeats and not name.endswith("decoding.seed")]
+    fields = [name for name in group.cells[0].fields if name in ("calib", "pruner", *fields)]
     columns = [
         *fields, charts.metric_title(group), "minus dense", *(["minus matched"] if group.control else []), "tokens", "cut",
         "looping", "zeros", "draws × seeds", "problems",
@@ -206,7 +224,7 @@ def bundle() -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    script = vl_convert.javascript_bundle(vl_version=version)
+    script = vl_convert.javascript_bundle(None, version)
     assert "</script" not in script.lower() and "<!--" not in script
     return script
 
@@ -214,9 +232,7 @@ def bundle() -> str:
 def _policy(own: dict[str, str]) -> str:
     """The page's Content-Security-Policy."""
     script, style = f"{_hash(own['bundle'])} {_hash(own['script'])}", _hash(own["style"])
-    return (
-        f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
+    return f"default-src 'none'; script-src {script}; style-src {style}; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
 
 def _hash(content: str) -> str:

@@ -8,11 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ssgr.report.table import Cell
+from ssgr.files import write_json
+from ssgr.report.cells import Cell
 
 COMMAND = "command.json"  # what a sweep in one process leaves beside its cells
 _MANIFEST = "sweep.json"  # what a launcher leaves there
 _UNKNOWN = "not recorded"
+
+
+def record(folder: Path, command: Sequence[str], commit: str, began: str) -> None:
+    """Leave in the folder of a sweep what made it."""
+    write_json(folder / COMMAND, {"command": list(command), "commit": commit, "created": began})
 
 
 def facts(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
@@ -81,5 +87,9 @@ def _problems(cell: Cell) -> str:
     if not isinstance(problems, Mapping):
         return ""
     kind = str(problems.get("_target_", "")).rpartition(".")[2]
-    own = [f"{name}={value}" for name, value in problems.items() if name in ("name", "path", "calibration", "seed") and value is not None]
+    own = [
+        f"{name}={value}"
+        for name, value in problems.items()
+        if name in ("name", "path", "calibration", "seed") and value is not None
+    ]
     return " ".join([kind, *own]).strip()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ssgr.records import Outcome, Text
-from ssgr.report.table import Cell
+from ssgr.report.cells import Cell
 from ssgr.tables import outcomes_file, read_outcomes, read_texts
 
 MAX_PROBLEMS, MAX_MODELS, MAX_ATTEMPTS = 48, 12, 2  # of one model and benchmark, in the page
@@ -79,6 +79,7 @@ def sample(cells: Sequence[tuple[str, Cell]], room: Room) -> dict[str, Any] | st
     return {
         "models": [visible(label) for label, _, _ in models],
         "problems": problems,
+        "attempts": min(MAX_ATTEMPTS, max(len(every) for every in outcomes[0].values())),
         "of": {
             "models": len(cells),
             "problems": len(ids),
@@ -134,7 +135,7 @@ def _answer(model: int, outcome: Outcome, response: str, thinking: dict[str, Any
     before, tag, after = response.rpartition(thinking["end"]) if thinking.get("end") else ("", "", response)
     if not tag and thinking.get("end") and not outcome.closed:
         before, after = response, ""
-    parts = {"think": bounded(before + tag), "text": bounded(after)}
+    parts = {"think": bounded((before + tag).strip()), "text": bounded(after.strip())}
     room.left -= sum(len(part["head"]) + len(part["tail"]) for part in parts.values())
     return {
         "model": model,
