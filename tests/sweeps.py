@@ -60,6 +60,7 @@ def cell(
         }
         for i, name in enumerate(LAYERS)
     ]
+    gap = scores["pruned"]["accuracy"] - scores["dense"]["accuracy"]
     result = {
         "config": config,
         "keys": {
@@ -73,7 +74,7 @@ def cell(
         },
         "calibration": {"source": calib, "tokens": {"asked": budget}, "funnel": [["graded", 96], ["right", 60], ["drawn", 9]]},
         "prune": {"pruner": "sparsegpt", "sparsity_target": ratio, "sparsity_realised": ratio, "layers": layers},
-        "scores": {bench: {**scores, "difference": scores["pruned"]["accuracy"] - scores["dense"]["accuracy"], "ci95": [-0.5, 0.1]}},
+        "scores": {bench: {**scores, "difference": gap, "ci95": [-0.5, 0.1]}},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))
 

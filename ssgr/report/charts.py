@@ -104,8 +104,8 @@ def differences(group: Group) -> Figure | Absent:
     against_ = alt.Color("against:N", title="minus", legend=alt.Legend(orient="top"))
     x = alt.X("low:Q", title=f"difference of {group.metric}{unit}", axis=alt.Axis(tickCount=8))
     bars = chart.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q", color=against_)
-    told = alt.Scale(domain=["yes", "no, may be zero", "not known"], range=["circle", "cross", "square"])
-    told_apart = alt.Shape("told_apart:N", title="told apart", legend=alt.Legend(orient="top"), scale=told)
+    apart = alt.Scale(domain=["yes", "no, may be zero", "not known"], range=["circle", "cross", "square"])
+    told_apart = alt.Shape("told_apart:N", title="told apart", legend=alt.Legend(orient="top"), scale=apart)
     points = chart.mark_point(filled=True, size=60, opacity=1).encode(
         x="difference:Q", color=against_, shape=told_apart,
         tooltip=["label:N", "against:N", "difference:Q", "low:Q", "high:Q", "p_adjusted:Q", "told_apart:N"],

@@ -37,7 +37,8 @@
     return {
       background: null, font: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", view: { stroke: null },
       axis: { ...text, gridColor: line, domainColor: muted, tickColor: muted }, legend: text, header: { ...text, labelFontWeight: 600 },
-      mark: { color: accent }, bar: { color: accent }, rule: { color: muted }, text: { color: ink }, point: { color: accent },
+      mark: { color: accent, aria: false }, // the table of its data is what a screen reader reads
+       bar: { color: accent }, rule: { color: muted }, text: { color: ink }, point: { color: accent },
       tick: { color: accent }, range: { category: colours },
     };
   };
@@ -152,7 +153,7 @@
     const form = $("form", board);
     const filter = () => {
       const text = form.elements.text.value.trim().toLowerCase();
-      const chosen = fields.map((name) => form.elements[name]?.value ?? "");
+      const chosen = fields.map((name) => $(`select[name="${CSS.escape(name)}"]`, form)?.value ?? "");
       const labels = new Set();
       let count = 0;
       for (const row of rows) {
@@ -173,7 +174,7 @@
         if (drawn.has(figure)) draw(figure);
       }
     };
-    form.addEventListener("input", filter);
+    for (const kind of ["input", "change"]) form.addEventListener(kind, filter);
     form.addEventListener("submit", (event) => event.preventDefault());
   }
 
