@@ -10,10 +10,10 @@ run: .venv/installed
 	$(BIN)/python run.py -m calib=corpus,ssgr pruner=sparsegpt
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not slurm"
 
 test-slow: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slurm"
 
 # On the SLURM cluster whose sbatch is on the path; without one they skip.
 test-slurm: .venv/installed

@@ -12,7 +12,7 @@ import numpy as np
 from ssgr.difficulty import wrong_shares
 from ssgr.records import Graded, Trace, Verdict
 from ssgr.report.cells import Cell
-from ssgr.report.charts import MANY, base, color, figure, legend, panelled, shape
+from ssgr.report.drawing import MANY, base, color, figure, legend, panelled, shape
 from ssgr.report.figures import Absent, Figure, Records
 from ssgr.report.groups import label, once
 from ssgr.stages import grade

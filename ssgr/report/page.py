@@ -14,6 +14,7 @@ from typing import Any
 
 from ssgr.report import charts, figures, inside, ran, traces
 from ssgr.report.cells import Cell, read, told_apart
+from ssgr.report.drawing import metric_title
 from ssgr.report.figures import Absent, Figure
 from ssgr.report.groups import Group, groups
 
@@ -174,7 +175,7 @@ def table(group: Group) -> dict[str, Any]:
     fields = [name for name in group.varied if name not in repeats and not name.endswith("decoding.seed")]
     fields = [name for name in group.cells[0].fields if name in ("calib", "pruner", *fields)]
     columns = [
-        *fields, charts.metric_title(group), "minus dense", *(["minus matched"] if group.control else []), "tokens", "cut",
+        *fields, metric_title(group), "minus dense", *(["minus matched"] if group.control else []), "tokens", "cut",
         "looping", "zeros", "draws × seeds", "problems",
     ]  # fmt: skip
     rows = []
@@ -224,7 +225,7 @@ def bundle() -> str:
     import vl_convert
 
     version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    script = vl_convert.javascript_bundle(None, version)
+    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
     assert "</script" not in script.lower() and "<!--" not in script
     return script
 

@@ -36,11 +36,20 @@
     const text = { labelColor: ink, titleColor: muted, labelFontSize: 12, titleFontSize: 12, titleFontWeight: "normal" };
     return {
       background: null, font: "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", view: { stroke: null },
-      axis: { ...text, gridColor: line, domainColor: muted, tickColor: muted }, legend: text, header: { ...text, labelFontWeight: 600 },
+      axis: { ...text, gridColor: line, domainColor: muted, tickColor: muted }, legend: { ...text, symbolBaseFillColor: muted, symbolBaseStrokeColor: muted }, header: { ...text, labelFontWeight: 600 },
       mark: { color: accent, aria: false }, // the table of its data is what a screen reader reads
        bar: { color: accent }, rule: { color: muted }, text: { color: ink }, point: { color: accent },
       tick: { color: accent }, range: { category: colours },
     };
+  };
+  // On a phone the labels of rows stand above their marks, not beside them.
+  const narrow = (spec) => {
+    for (const part of [spec, ...spec.layer ?? []]) {
+      const y = part.encoding?.y;
+      if (y?.field !== "label") continue;
+      y.axis = { ...y.axis, labelAlign: "left", labelPadding: 0, labelOffset: spec.height.step < 20 ? -22 : -15, ticks: false, domain: false, labelLimit: 300 };
+    }
+    spec.height = { step: spec.height.step < 20 ? 26 : 38 };
   };
   const draw = async (figure) => {
     const name = figure.dataset.figure;
@@ -54,6 +63,7 @@
       const width = Math.max(110, Math.min(320, Math.floor(room / columns) - spec.usermeta.beside));
       Object.assign(spec, { columns, spec: { ...spec.spec, width } });
     } else if (spec.columns && place.clientWidth < 500) spec.columns = 1;
+    if (spec.height?.step && place.clientWidth < 500) narrow(spec);
     drawn.get(figure)?.finalize();
     drawn.set(figure, await vegaEmbed(place, spec, {
       ast: true, logLevel: 1 /* errors */, renderer: "svg", actions: false, defaultStyle: false, config: config(), tooltip: { disableDefaultStyle: true },
