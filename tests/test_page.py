@@ -20,7 +20,7 @@ from PIL import Image
 from launchers import outcome
 from ssgr import tables
 from ssgr.records import Text
-from ssgr.report import compare, figures, page, table, traces
+from ssgr.report import compare, figures, page, ran, table, traces
 from ssgr.report.__main__ import main
 from tests.sweeps import grid, store, sweep
 
@@ -205,13 +205,38 @@ def test_models_and_benches_have_sections_of_their_own_and_budgets_are_named(tmp
     ]
     content = page.render(found)
     assert (
-        "There are 4 pairs of model and benchmark" in content
+        "There are 4 combinations of sweep, model and benchmark" in content
         and content.count("These cells had different budgets (400, 800") == 4
     )
     for figure in found.figures:
         if "leaderboard" in figure.name:
             assert "Budgets differ (400, 800 tokens)" in figure.caption
             assert [row["label"] for row in figure.rows] == ["dense", "budget 400", "budget 800"]
+
+
+def test_an_older_sweep_has_the_overrides_that_hydra_noted(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, [{}])
+    (folder / "multirun.yaml").write_text("hydra: {overrides: {task: ['calib=corpus,ssgr', 'calib.draw=range(2)']}}")
+    said = dict(ran.facts(page.find([folder])[0]))
+    assert said["command"] == ["python run.py -m calib=corpus,ssgr 'calib.draw=range(2)'"]
+    assert said["commit of the code"] == ["not recorded"]
+
+
+def test_sweeps_have_sections_of_their_own(tmp_path: Path) -> None:
+    for name, axes in (("source", {"calib": ["corpus", "ssgr"]}), ("length", {"length": ["any", "short"]})):
+        sweep(tmp_path / name, grid(**axes))
+        (tmp_path / name / "multirun.yaml").write_text("")
+    found = report(tmp_path)
+    assert [group.title for group in found.groups] == ["length: tiny on held_out", "source: tiny on held_out"]
+    assert [[row["label"] for row in group.pruned] for group in found.groups] == [
+        ["ssgr", "length short"],
+        ["corpus", "ssgr"],
+    ]
+    names = [figure.name for figure in found.figures]
+    assert len(set(names)) == len(names) and {"leaderboard_length_tiny_held_out", "layers_error_source_tiny"} <= set(
+        names
+    )
+    page.render(found)
 
 
 def test_cells_that_share_a_result_because_a_filter_does_nothing_come_once(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def draws(group: Group) -> Figure | Absent:
         .mark_tick(thickness=2, size=14, opacity=1)
         .properties(width="container", height=alt.Step(20))
     )
-    caption = f"A line for each draw of the calibration set and seed of the attempts. {group.model} on {group.bench}."
+    caption = f"A line for each draw of the calibration set and seed of the attempts. {group.title}."
     return figure(name_of(group, "draws"), title, caption, rows, drawn, wide=True)
 
 
@@ -144,7 +144,7 @@ def by_level(group: Group) -> Figure | None:
     )
     caption = (
         "Means over draws and seeds without intervals: a level has too few problems for a claim by itself."
-        f" {group.model} on {group.bench}."
+        f" {group.title}."
     )
     drawn = drawn.properties(width=200, height=190) if split else drawn.properties(width="container", height=300)
     if split:

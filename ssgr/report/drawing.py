@@ -30,14 +30,18 @@ def figure(name: str, title: str, caption: str, rows: Records, chart: Any, wide:
 
 
 def name_of(group: Group, what: str) -> str:
-    return f"{what}_{group.model}_{group.bench}".replace("/", "_").replace(" ", "_")
+    return (
+        "_".join(part for part in (what, group.sweep, group.model, group.bench) if part)
+        .replace("/", "_")
+        .replace(" ", "_")
+    )
 
 
 def said(group: Group) -> str:
     """What every caption of a group ends with: of what its means are, and what is mixed in it."""
-    out = f"{group.model} on {group.bench}; 95 % intervals over {group.repeats}."
+    out = f"{group.title}; 95 % intervals over {group.repeats}."
     if group.trouble:
-        out = f"{group.model} on {group.bench}; one draw each, 95 % intervals over problems."
+        out = f"{group.title}; one draw each, 95 % intervals over problems."
     if len(group.budgets) > 1:
         out += f" Budgets differ ({', '.join(group.budgets)} tokens) and are told apart."
     return out

@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from ssgr.report.compare import Comparison, Gap, compare
 from ssgr.report.figures import Records
 
 CONTROL = "calib=matched"
+_MARKS = ("multirun.yaml", "sweep.json")  # what Hydra and our launchers leave in the folder of a sweep
 _OWN_AXIS = ("model", "bench", "draw", "seed")  # what no label says: headings do, or it is averaged over
 FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another ignores
 _BARE = ("calib", "pruner", "sparsity")  # whose values need no name beside them
@@ -22,12 +24,14 @@ _BARE = ("calib", "pruner", "sparsity")  # whose values need no name beside them
 
 @dataclass(frozen=True)
 class Group:
-    """All cells of one model on one benchmark; `records` has a row for each dense model and each group of draws and seeds.
+    """All cells of one model on one benchmark in one sweep, which is named where there are several.
 
+    `records` has a row for each dense model and each group of draws and seeds;
     `trouble` says why means have no intervals, where something that they need is missing; `alike` counts cells that are left
     out, as their source ignores the filters in which they differ from another.
     """
 
+    sweep: str
     model: str
     bench: str
     cells: tuple[Cell, ...]
@@ -38,6 +42,11 @@ class Group:
     trouble: str = ""
     alike: int = 0
     budgets: tuple[str, ...] = field(default=())
+
+    @property
+    def title(self) -> str:
+        """What heads its section and its captions."""
+        return f"{self.sweep}: {self.model} on {self.bench}" if self.sweep else f"{self.model} on {self.bench}"
 
     @property
     def metric(self) -> str:
@@ -68,13 +77,32 @@ def _range(counts: Sequence[int], name: str) -> str:
 
 def groups(cells: Sequence[Cell]) -> list[Group]:
     """The cells by model and benchmark, in the order given."""
-    by: dict[tuple[str, str], list[Cell]] = defaultdict(list)
+    by: dict[tuple[str, str, str], list[Cell]] = defaultdict(list)
+    for sweep, own in by_sweep(cells).items():
+        for cell in own:
+            by[sweep, cell.fields["model"], cell.fields["bench"]].append(cell)
+    return [_group(*names, own) for names, own in by.items()]
+
+
+def by_sweep(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
+    """The cells by the name of their sweep; without a name where they are all of one, or lie in no sweep."""
+    folders: dict[Path | None, list[Cell]] = defaultdict(list)
     for cell in cells:
-        by[cell.fields["model"], cell.fields["bench"]].append(cell)
-    return [_group(model, bench, own) for (model, bench), own in by.items()]
+        folders[sweep_of(cell.path)].append(cell)
+    if len(folders) == 1:
+        return {"": list(cells)}
+    names = [folder.name if folder else "single runs" for folder in folders]
+    clear = len(set(names)) == len(names)
+    return {name if clear else str(folder): own for name, (folder, own) in zip(names, folders.items(), strict=True)}
 
 
-def _group(model: str, bench: str, cells: list[Cell]) -> Group:
+def sweep_of(result: Path) -> Path | None:
+    """The folder of the sweep that a result.json lies in."""
+    folder = result.parent.parent
+    return folder if any((folder / mark).exists() for mark in _MARKS) else None
+
+
+def _group(sweep: str, model: str, bench: str, cells: list[Cell]) -> Group:
     every, cells = cells, once(cells)
     control = CONTROL if any(cell.fields["calib"] == "matched" for cell in cells) else None
     varied = tuple(name for name in cells[0].fields if len({cell.fields[name] for cell in cells}) > 1)
@@ -89,7 +117,7 @@ def _group(model: str, bench: str, cells: list[Cell]) -> Group:
         labelled = tuple((row["label"], cell) for row, cell in zip(records, cells, strict=True))
     budgets = tuple(dict.fromkeys(cell.fields["budget"] for cell in cells))
     return Group(
-        model, bench, tuple(cells), records, labelled, varied, control, trouble, len(every) - len(cells), budgets
+        sweep, model, bench, tuple(cells), records, labelled, varied, control, trouble, len(every) - len(cells), budgets
     )
 
 

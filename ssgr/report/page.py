@@ -16,7 +16,7 @@ from ssgr.report import charts, figures, inside, ran, traces
 from ssgr.report.cells import Cell, read, told_apart
 from ssgr.report.drawing import metric_title
 from ssgr.report.figures import Absent, Figure
-from ssgr.report.groups import Group, groups
+from ssgr.report.groups import Group, by_sweep, groups, sweep_of
 
 FILE, FIGURES = "report.html", "figures"  # what a sweep leaves in its folder
 _log = logging.getLogger("ssgr")
@@ -62,7 +62,10 @@ def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
             f"no result.json that can be read at or below {', '.join(map(str, given))}{why}: type the folder of a run or a "
             "sweep, such as outputs/sweeps/NAME, or make one with python run.py -m calib=corpus,ssgr"
         )
-    return told_apart(cells), holes
+    by: dict[Path | None, list[Cell]] = {}
+    for cell in cells:
+        by.setdefault(sweep_of(cell.path), []).append(cell)
+    return [cell for own in by.values() for cell in told_apart(own)], holes
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
@@ -85,14 +88,15 @@ def _checked(cell: Cell) -> Cell:
 def gather(cells: Sequence[Cell], holes: Iterable[str] = ()) -> Report:
     """All that a page of these cells shows."""
     some = tuple(groups(cells))
-    models = dict.fromkeys(cell.fields["model"] for cell in cells)
+    models: dict[str, list[Cell]] = {}
+    for sweep, own in by_sweep(cells).items():
+        for cell in own:
+            models.setdefault(f"{sweep} {cell.fields['model']}".strip(), []).append(cell)
     return Report(
         cells=tuple(cells),
         groups=some,
         by_group=tuple(tuple(charts.of_group(group)) for group in some),
-        by_model={
-            model: tuple(inside.of_model(model, [c for c in cells if c.fields["model"] == model])) for model in models
-        },
+        by_model={model: tuple(inside.of_model(model, own)) for model, own in models.items()},
         stages=inside.stages(cells),
         holes=tuple(holes),
     )

@@ -8,8 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ssgr.files import write_json
 from ssgr.report.cells import Cell
+from ssgr.report.groups import sweep_of
 
 COMMAND = "command.json"  # what a sweep in one process leaves beside its cells
 _MANIFEST = "sweep.json"  # what a launcher leaves there
@@ -24,7 +27,8 @@ def record(folder: Path, command: Sequence[str], commit: str, began: str) -> Non
 def facts(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
     """What was run, as names with one value or several."""
     recorded = [found for folder in _folders(cells) if (found := _recorded(folder))]
-    fields = {name: list(dict.fromkeys(cell.fields[name] for cell in cells)) for name in cells[0].fields}
+    names = dict.fromkeys(name for cell in cells for name in cell.fields)
+    fields = {name: list(dict.fromkeys(c.fields[name] for c in cells if name in c.fields)) for name in names}
     versions: dict[str, dict[str, None]] = {}
     for cell in cells:
         for name, version in (cell.result.get("versions") or {}).items():
@@ -50,16 +54,23 @@ _FIELDS = (("calibration sources", "calib"), ("pruners", "pruner"), ("sparsities
 
 def _folders(cells: Iterable[Cell]) -> list[Path]:
     """The folders of runs and sweeps that the cells lie in."""
-    return list(dict.fromkeys(folder for cell in cells for folder in (cell.path.parent.parent, cell.path.parent)))
+    return list(dict.fromkeys(sweep_of(cell.path) or cell.path.parent for cell in cells))
 
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
+    """Command, commit and time of the sweep or run in `folder`; of an older one the overrides alone, which Hydra noted."""
     for name in (_MANIFEST, COMMAND):
         try:
             found = json.loads((folder / name).read_text())
             if isinstance(found, dict) and all(isinstance(word, str) for word in found["command"]):
                 return found
         except (OSError, ValueError, KeyError, TypeError):
+            continue
+    for name, start in (("multirun.yaml", ["-m"]), (".hydra/hydra.yaml", [])):
+        try:
+            overrides = yaml.safe_load((folder / name).read_text())["hydra"]["overrides"]["task"]
+            return {"command": ["python", "run.py", *start, *map(str, overrides)]}
+        except (OSError, yaml.YAMLError, KeyError, TypeError):
             continue
     return None
 
