@@ -20,14 +20,14 @@ paper: .venv/installed
 	failed=$$?; $(BIN)/python -m ssgr.report outputs/paper --html outputs/paper/report.html --figures outputs/paper/figures && exit $$failed
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not slurm"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=25 -m "not slow and not slurm"
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 # On the SLURM cluster whose sbatch is on the path; without one they skip.
 test-slurm: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "slurm and not slow" tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=0 --durations-min=20 -m "slurm and not slow" tests/test_slurm.py
 
 # vLLM cannot share an environment with the newest transformers, so its engine is tested in one of its own.
 test-vllm: build/vllm/installed

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import webbrowser
+from datetime import UTC, datetime
 from pathlib import Path
 
 from ssgr.records import RunResult, Score
-from ssgr.report import table
+from ssgr.report import ran, table
+from ssgr.sweep import MANIFEST, code
 
 DONE: list[table.Cell] = []
 FAILED: list[str] = []
+_BEGAN = datetime.now(UTC).isoformat(timespec="seconds")
 _STAGES = [0, 0]  # read from the store, made by this process
 
 
@@ -27,7 +32,7 @@ def value(result: RunResult) -> float:
 
 
 def finish() -> None:
-    """Print the table, and the cells that failed."""
+    """Print the table and the cells that failed, and leave the page of a sweep in its folder."""
     runs = len({cell.path for cell in DONE})
     if cells := table.told_apart(DONE):
         table.show(table.rows(cells))
@@ -38,3 +43,30 @@ def finish() -> None:
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
     if FAILED and (DONE or len(FAILED) > 1):
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)
+    for folder in dict.fromkeys(cell.path.parent.parent for cell in DONE):
+        if (folder / "multirun.yaml").exists():  # Hydra's mark of a sweep; a single run has a table
+            _page(folder)
+
+
+def _page(folder: Path) -> None:
+    """Leave a sweep's page and, of a named experiment, its figures; open it where somebody is looking."""
+    from ssgr.report import page  # Altair takes a second to load
+
+    if not (folder / MANIFEST).exists():
+        try:
+            root = Path(__file__).parent.parent
+            ran.record(folder, ["python", *sys.argv], code(root, folder / "code.diff"), _BEGAN)
+        except OSError as error:
+            print(f"[WARNING] {folder / ran.COMMAND} cannot be written ({error.strerror})", file=sys.stderr)
+    failed = [f"no result of {line}" for line in FAILED]
+    file = page.leave(folder, failed, any(word.startswith("experiment=") for word in sys.argv))
+    if file is not None:
+        print(f"page: {file}")
+        if _watched():
+            webbrowser.open(file.resolve().as_uri())
+
+
+def _watched() -> bool:
+    """Whether there is a display, and somebody at the terminal."""
+    display = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
+    return display and sys.stdout.isatty() and "PYTEST_CURRENT_TEST" not in os.environ

@@ -68,8 +68,13 @@ def report(folder: Path) -> int:
     done = [sweep.cell(number) for number, found in cells(sweep, store) if found is not None]
     if done:
         table.show(table.rows(table.told_apart([cell for one in done for cell in table.read(one / "result.json")])))
-    for line in gaps(sweep, store):
+    without = gaps(sweep, store)
+    for line in without:
         print(line)
+    if done:
+        from ssgr.report import page  # Altair takes a second to load
+
+        page.leave(folder, without, any(word.startswith("experiment=") for word in sweep.command))
     print(f"{len(done)} of {len(sweep.overrides)} cells are complete; results in {folder}")
     return len(sweep.overrides) - len(done)
 

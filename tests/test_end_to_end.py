@@ -122,6 +122,8 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
     assert matched["rows"] == ssgr["rows"] and matched["tokens"]["realised"] == ssgr["tokens"]["realised"]
     assert done.stdout.count("corpus") >= 2
     assert "length=medium has no effect on calib=corpus" in done.stdout + done.stderr
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "calib=corpus,ssgr,matched pruner=magnitude,wanda" in page and "tiny on held_out" in page
 
     for form, mark in (("text", "│"), ("markdown", "| --- |"), ("csv", "calib,")):
         command = [sys.executable, "-m", "ssgr.report", str(tmp_path / "sweep"), "--format", form]

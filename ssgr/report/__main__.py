@@ -1,5 +1,5 @@
 """Rebuild the table of a run or a sweep: python -m ssgr.report PATH... [--format text|markdown|csv] [--by FIELDS
-[--against FIELD=VALUE]].
+[--against FIELD=VALUE]], or its page and figures: [--html FILE] [--figures DIR].
 """
 
 from __future__ import annotations
@@ -27,9 +27,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--project", default="ssgr", help="W&B's project")
     parser.add_argument("--entity", help="W&B's account or team; by default that of the login")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="write one page with everything, which needs no network"
+    )
+    parser.add_argument("--figures", type=Path, metavar="DIR", help="write each figure as CSV, SVG and PNG")
     args = parser.parse_args(arguments)
     try:
         holes = _assembled(args.paths)
+        if args.html or args.figures:
+            return _page(args, holes)
         cells = table.find(args.paths)
         by = args.by.split(",") if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
@@ -55,6 +61,28 @@ def _sent(args: argparse.Namespace, cells: list[table.Cell], content: table.Rows
     if len({cell.fields["draw"] for cell in cells}) > 1:
         shown["Means over draws"] = table.markdown(table.means(cells))
     return wandb_report.publish(name, list(found.values()), shown, args.project, args.entity)
+
+
+def _page(args: argparse.Namespace, holes: list[str]) -> int:
+    """Write the page, the figures or both; the tables are in the page."""
+    from ssgr.report import figures, page  # Altair takes a second to load
+
+    if args.by or args.against:
+        raise ValueError(
+            "--by and --against are for tables: the page shows every field, and compares with calib=matched"
+        )
+    cells, unread = page.find(args.paths)
+    holes += unread
+    report = page.gather(cells, holes)
+    if args.html:
+        page.write(report, args.html)
+        print(f"{args.html}: {len(cells)} results, {len(holes)} missing")
+    if args.figures:
+        written = figures.write(report.figures, args.figures)
+        print(f"{args.figures}: {len(written)} files of {len(report.figures)} figures")
+    for hole in holes:
+        print(hole, file=sys.stderr)
+    return 0
 
 
 def _assembled(paths: list[Path]) -> list[str]:
