@@ -63,7 +63,8 @@ def only(rows: Sequence[dict[str, Any]], *columns: str) -> Records:
 
 
 def distinct(rows: Records, name: str) -> list[str]:
-    return list(dict.fromkeys(row[name] for row in rows))
+    """The values of a column; the dense model first, so that it has the same colour everywhere."""
+    return sorted(dict.fromkeys(row[name] for row in rows), key=lambda value: value != "dense")
 
 
 def legend(values: Sequence[str]) -> alt.Legend:
