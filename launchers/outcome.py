@@ -55,7 +55,9 @@ def _page(folder: Path) -> None:
     if not (folder / MANIFEST).exists():
         try:
             root = Path(__file__).parent.parent
-            ran.record(folder, ["python", *sys.argv], code(root, folder / "code.diff"), _BEGAN)
+            ran.record(
+                folder, ["python", Path(sys.argv[0]).name, *sys.argv[1:]], code(root, folder / "code.diff"), _BEGAN
+            )
         except OSError as error:
             print(f"[WARNING] {folder / ran.COMMAND} cannot be written ({error.strerror})", file=sys.stderr)
     failed = [f"no result of {line}" for line in FAILED]

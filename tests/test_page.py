@@ -316,6 +316,15 @@ def test_missing_cells_are_listed(tmp_path: Path) -> None:
     assert "1 without a result" in content and "no result of calib=&lt;b&gt;: it failed" in content
 
 
+def test_a_cell_that_began_and_left_nothing_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = sweep(tmp_path / "s", grid(draw=[0, 1]))
+    for number in range(3):
+        (folder / str(number) / ".hydra").mkdir(parents=True)
+    assert main([str(folder), "--html", str(tmp_path / "page.html")]) == 0
+    assert "2 results, 1 missing" in (said := capsys.readouterr()).out and "no result of cell 2 of" in said.err
+    assert f"its log is {folder / '2' / 'run.log'}" in (tmp_path / "page.html").read_text()
+
+
 def test_a_page_that_fails_warns_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = sweep(tmp_path, [{}])
     (folder / page.FILE).mkdir()

@@ -24,7 +24,12 @@ def of_group(group: Group) -> list[Figure | Absent]:
         draws(group),
         by_level(group),
     ]
-    return [one for one in made if one is not None]
+    return sorted((one for one in made if one is not None), key=_place)
+
+
+def _place(one: Figure | Absent) -> int:
+    """Wide figures first, so that none leaves a hole beside another; last what is not there."""
+    return 2 if isinstance(one, Absent) else 1 - one.wide
 
 
 def intervals(group: Group) -> Figure:
@@ -123,7 +128,7 @@ def heat(group: Group) -> Figure | Absent | None:
         row["interval"] = f"[{row['low']:.3f}, {row['high']:.3f}]"
         row["counts"] = f"{row['draw']} × {row['seed']} × {row['problem']}"
     high, low = max(row["value"] for row in rows), min(row["value"] for row in rows)
-    ink = alt.condition(alt.datum.value > low + 0.55 * (high - low), alt.value("white"), alt.value("black"))
+    ink = alt.condition(alt.datum.value > low + 0.68 * (high - low), alt.value("white"), alt.value("black"))
     chart = base(
         x=alt.X("length:N", title="length", sort=None, axis=alt.Axis(labelAngle=0)),
         y=alt.Y("difficulty:N", title="difficulty", sort=None),

@@ -15,7 +15,7 @@ _CLEAR = 4  # series whose bands do not hide one another
 
 def against_sparsity(group: Group) -> list[Figure | Absent]:
     """Accuracy, and tokens, against the share of zeros, with the dense model as a line."""
-    title = f"{group.metric} against sparsity"
+    title = f"{group.metric} against sparsity".capitalize()
     if "sparsity" not in group.varied:
         return [Absent(title, "Its cells have one sparsity: python run.py experiment=sparsity draws this curve.")]
     out: list[Figure | Absent] = []
@@ -63,7 +63,7 @@ def lines(rows: Records, y: str, low: str, high: str, x_title: str, y_title: str
     """Lines with bands, a colour and shape a series, over the dashed line of the dense model."""
     series = [name for name in distinct(rows, "series") if name != "dense"]
     panels = distinct(rows, "panel")
-    scale = alt.Scale(zero=False, padding=14) if percent else alt.Scale(type="log", padding=14)
+    scale = alt.Scale(zero=False, padding=14) if percent else alt.Scale(type="log", nice=False, padding=14)
     xs = sorted({row["x"] for row in rows if row["x"] is not None})
     axis = alt.Axis(values=xs, format=".0%" if percent else ",", grid=False)
     pruned = base(x=alt.X("x:Q", title=x_title, scale=scale, axis=axis), color=color("series", series))

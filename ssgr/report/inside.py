@@ -70,7 +70,7 @@ def funnels(model: str, selections: dict[str, Cell]) -> Figure | None:
     texts = chart.mark_text(align="left", dx=4).encode(text=alt.Text("count:Q", format=","))
     drawn = alt.layer(bars, texts).properties(width=150, height=alt.Step(20))
     names = list(dict.fromkeys(row["selection"] for row in rows))
-    facet = panelled(drawn, "selection", names, beside=185).resolve_scale(y="independent")
+    facet = panelled(drawn, "selection", names, beside=225).resolve_scale(y="independent")
     caption = f"How many rows each filter left for {model}; the first draw of each selection.{_more(selections)}"
     return figure(_name("funnel", model), "Funnel of each selection", caption, rows, facet)
 
@@ -109,7 +109,7 @@ def pools(model: str, selections: dict[str, Cell]) -> list[Figure | Absent]:
     said = f"Shares of the traces of {model} in the pool, and of those that the first draw of each selection chose."
     return [
         _histogram(_name("pool_difficulty", model), "Difficulty of the pool and of what was chosen",
-                   "share of wrong attempts of the problem", difficulty, np.linspace(0, 1, 10), said),
+                   "share of wrong attempts", difficulty, np.linspace(0, 1, 10), said),
         _histogram(_name("pool_length", model), "Length of the pool and of what was chosen",
                    "response tokens", length, np.histogram_bin_edges(length["pool"], _BINS), said),
     ]  # fmt: skip

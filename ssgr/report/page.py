@@ -41,8 +41,9 @@ class Report:
         return [one for one in every if isinstance(one, Figure)]
 
 
-def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
-    """Every cell at or below `paths` that can be read, and a sentence for each result.json that cannot.
+def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], list[str]]:
+    """Every cell at or below `paths` that can be read, and a sentence for each result.json that cannot and, where
+    `unfinished` is asked for, for each cell that began and left none.
 
     Raises:
         ValueError: there is none that can be read, or two have the same settings and other results.
@@ -56,6 +57,8 @@ def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
             cells += [_checked(cell) for cell in read(file)]
         except (ValueError, KeyError, TypeError) as error:
             holes.append(f"{error}: it was written by another version of ssgr or damaged; give its command again")
+    if unfinished:
+        holes += [hole for path in given if path.is_dir() for hole in _unfinished(path)]
     if not cells:
         why = f"; {holes[0]}" if holes else ""
         raise ValueError(
@@ -71,6 +74,16 @@ def find(paths: Iterable[Path]) -> tuple[list[Cell], list[str]]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     """An order in which cell 10 comes after cell 9."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
+
+
+def _unfinished(folder: Path) -> list[str]:
+    """A line for each cell that Hydra began in this process, and that left no result."""
+    begun = sorted((path.parent for path in folder.rglob(".hydra") if path.parent.name.isdigit()), key=_natural)
+    return [
+        f"no result of cell {cell.name} of {cell.parent}: it failed or did not end; its log is {cell / 'run.log'}"
+        for cell in begun
+        if not (cell / "result.json").exists()
+    ]
 
 
 def _checked(cell: Cell) -> Cell:
@@ -119,8 +132,9 @@ def write(report: Report, file: Path) -> None:
 def leave(folder: Path, holes: Iterable[str] = (), with_figures: bool = False) -> Path | None:
     """Write the page of a sweep into its folder, or warn why there is none: results are never lost for the want of a page."""
     try:
-        cells, unread = find([folder])
-        report = gather(cells, [*holes, *unread])
+        known = list(holes)
+        cells, unread = find([folder], unfinished=not known)
+        report = gather(cells, [*known, *unread])
         write(report, folder / FILE)
         if with_figures:
             figures.write(report.figures, folder / FIGURES)

@@ -59,7 +59,7 @@
     const place = $(".chart", figure);
     if (spec.columns && spec.usermeta?.beside) { // panels: as many and as wide as there is room for
       const room = place.clientWidth;
-      const columns = room < 460 ? 1 : room < 900 ? 2 : 4;
+      const columns = Math.min(4, Math.max(1, Math.floor(room / (spec.usermeta.beside + 150))));
       const width = Math.max(110, Math.min(320, Math.floor(room / columns) - spec.usermeta.beside));
       Object.assign(spec, { columns, spec: { ...spec.spec, width } });
     } else if (spec.columns && place.clientWidth < 500) spec.columns = 1;
