@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.sweeps import grid, store, sweep
 
 pytestmark = pytest.mark.xdist_group("browser")
-SHOTS = ROOT / "build" / "screenshots"
+SHOTS, PAPER = ROOT / "build" / "screenshots", ROOT / "outputs" / "paper" / "report.html"
 GRID = grid(
     calib=["corpus", "ssgr", "matched"],
     difficulty=["any", "hard"],
@@ -312,14 +312,26 @@ def test_500_cells_and_20_000_outcomes_open_in_time(browser: Any, tmp_path: Path
     ("name", "dark", "width"), [("light", False, 1280), ("dark", True, 1280), ("phone", False, 390)]
 )
 def test_screenshots(name: str, dark: bool, width: int, browser: Any, built: tuple[page.Report, Path]) -> None:
-    """They are looked at by people; here only that nothing reaches over the edge of the screen."""
-    opened(browser, built[1], dark, width)
-    draw_all(browser)
-    size = browser.execute_script("const root = document.documentElement; return [root.scrollWidth, root.scrollHeight]")
-    assert size[0] <= width
-    clip = {"x": 0, "y": 0, "width": width, "height": size[1], "scale": 1}
-    shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+    """They are looked at by people; here only that nothing reaches over the edge of the screen.
+
+    Those of the page that `make paper` leaves, where it is there, are cut off for README.
+    """
     SHOTS.mkdir(parents=True, exist_ok=True)
-    (SHOTS / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
+    pages = {name: built[1]} | ({f"paper-{name}": PAPER} if PAPER.exists() else {})
+    for called, file in pages.items():
+        opened(browser, file, dark, width)
+        draw_all(browser)
+        size = browser.execute_script(
+            "const root = document.documentElement; return [root.scrollWidth, root.scrollHeight]"
+        )
+        assert size[0] <= width
+        clip = {"x": 0, "y": 0, "width": width, "height": size[1], "scale": 1}
+        if file == PAPER:
+            top = browser.execute_script(
+                "return document.querySelector('.board').getBoundingClientRect().top + scrollY"
+            )
+            clip |= {"y": max(0, top - 340), "height": 1100}
+        shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        (SHOTS / f"{called}.png").write_bytes(base64.b64decode(shot["data"]))
     back = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, back[4:-1].split(","))) < 200) == dark

@@ -94,6 +94,7 @@ def test_a_dense_grid_collects_once(run: Run, tmp_path: Path) -> None:
         assert all(layer["error_held_out"] is not None for layer in cell["prune"]["layers"])
 
 
+@pytest.mark.slow
 def test_owl_collects_norms_beside_the_pruned_propagation(run: Run, tmp_path: Path) -> None:
     done = run("calib=corpus", "allocation=owl", "bench=smoke", "+scope.bins.hard_medium=2")
     assert done.returncode == 0, done.stderr
@@ -147,6 +148,7 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
         assert failed.returncode == 1 and answer in failed.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_beats_what_a_source_implies(run: Run, tmp_path: Path) -> None:
     done = run("-m", "calib=ssgr", "length=short,long", "difficulty=any", "bench=smoke", "budget.tokens=200")
     assert done.returncode == 0, done.stderr
@@ -183,6 +185,7 @@ def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:
     assert a.equals(b)
 
 
+@pytest.mark.slow
 def test_a_damaged_artefact_is_made_again(run: Run, tmp_path: Path) -> None:
     assert run("bench=smoke", "calib=corpus").returncode == 0
     weights = next((tmp_path / "store" / "prune").glob("*/checkpoint/model.safetensors"))
@@ -196,6 +199,7 @@ def test_a_damaged_artefact_is_made_again(run: Run, tmp_path: Path) -> None:
     assert not stages["prune"]["cached"] and stages["select"]["cached"]
 
 
+@pytest.mark.slow
 def test_jobs_share_the_sampling(run: Run, tmp_path: Path) -> None:
     """Parts sampled by several jobs are what one job samples, and the whole run samples only what no part has."""
     for part in ("1/3", "3/3"):

@@ -180,6 +180,7 @@ def test_training_is_deterministic_and_resumes(tmp_path: Path, monkeypatch: pyte
         train.train(tmp_path / "parts", PLAN, seed=4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     train.train(tmp_path / "one", PLAN, seed=3)
     train.launch(tmp_path / "two", PLAN, seed=3, ranks=2)

@@ -21,7 +21,7 @@ from filelock import FileLock
 
 from ssgr import assemble, pipeline, sweep, tables, tracker
 from ssgr.records import RunResult, to_json
-from ssgr.report import table
+from ssgr.report import cells, table
 from ssgr.store import Store
 from ssgr.tracker import content
 from ssgr.tracker.tensorboard import TensorBoard
@@ -454,7 +454,7 @@ def test_a_tracker_is_in_no_key_and_tells_no_cells_apart(tmp_path: Path) -> None
         for name in ("none", "wandb", "tensorboard")
     ]
     assert plans[0] == plans[1] == plans[2] and len(plans[0]) == 10
-    settings = table._settings({"tracker": {"name": "wandb", "mode": "online"}, "order": "layer"})
+    settings = cells._settings({"tracker": {"name": "wandb", "mode": "online"}, "order": "layer"})
     assert settings == {"order": "layer"}
 
 

@@ -72,12 +72,17 @@ def find(paths: Iterable[Path]) -> list[Cell]:
         ValueError: there is none.
     """
     given = list(paths)
-    files = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json")))]
+    files = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=natural))]
     if not files:
         raise ValueError(
             f"no result.json at or below {', '.join(map(str, given))}; type the folder of a run or a sweep"
         )
     return told_apart([cell for file in files for cell in read(file)])
+
+
+def natural(path: Path) -> list[tuple[int, str]]:
+    """An order in which cell 10 comes after cell 9."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
 
 
 def told_apart(cells: Sequence[Cell]) -> list[Cell]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.report import charts, figures, inside, ran, traces
-from ssgr.report.cells import Cell, read, told_apart
+from ssgr.report.cells import Cell, natural, read, told_apart
 from ssgr.report.drawing import metric_title
 from ssgr.report.figures import Absent, Figure
 from ssgr.report.groups import Group, by_sweep, groups, sweep_of
@@ -49,7 +49,7 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
         ValueError: there is none that can be read, or two have the same settings and other results.
     """
     given = list(paths)
-    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=_natural))]
+    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=natural))]
     cells: list[Cell] = []
     holes: list[str] = []
     for file in found:
@@ -71,14 +71,9 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
     return [cell for own in by.values() for cell in told_apart(own)], holes
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """An order in which cell 10 comes after cell 9."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in path.parts]
-
-
 def _unfinished(folder: Path) -> list[str]:
     """A line for each cell that Hydra began in this process, and that left no result."""
-    begun = sorted((path.parent for path in folder.rglob(".hydra") if path.parent.name.isdigit()), key=_natural)
+    begun = sorted((path.parent for path in folder.rglob(".hydra") if path.parent.name.isdigit()), key=natural)
     return [
         f"no result of cell {cell.name} of {cell.parent}: it failed or did not end; its log is {cell / 'run.log'}"
         for cell in begun
