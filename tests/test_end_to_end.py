@@ -156,6 +156,7 @@ def test_the_command_line_beats_what_a_source_implies(run: Run, tmp_path: Path) 
     assert [f[5][0] for f in funnels] == ["length short", "length long"]
 
 
+@pytest.mark.slow  # in CI the jobs of tests/test_slurm.py are killed in the same ways
 def test_a_killed_run_continues(run: Run, tmp_path: Path) -> None:
     """SIGKILL in the middle of sampling; the next run takes over the lease and samples only the rest."""
     places = [f"store.path={tmp_path / 'store'}", f"hydra.run.dir={tmp_path / 'run'}"]
