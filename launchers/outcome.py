@@ -10,9 +10,11 @@ from pathlib import Path
 
 from ssgr.records import RunResult, Score
 from ssgr.report import ran, table
+from ssgr.report.cells import Cell, told_apart
+from ssgr.report.cells import read as read_cells
 from ssgr.sweep import MANIFEST, code
 
-DONE: list[table.Cell] = []
+DONE: list[Cell] = []
 FAILED: list[str] = []
 _BEGAN = datetime.now(UTC).isoformat(timespec="seconds")
 _STAGES = [0, 0]  # read from the store, made by this process
@@ -22,7 +24,7 @@ def add(folder: Path, read: int = 0, made: int = 0) -> None:
     """A cell left its result in `folder`."""
     _STAGES[0] += read
     _STAGES[1] += made
-    DONE.extend(table.read(folder / "result.json"))
+    DONE.extend(read_cells(folder / "result.json"))
 
 
 def value(result: RunResult) -> float:
@@ -34,7 +36,7 @@ def value(result: RunResult) -> float:
 def finish() -> None:
     """Print the table and the cells that failed, and leave the page of a sweep in its folder."""
     runs = len({cell.path for cell in DONE})
-    if cells := table.told_apart(DONE):
+    if cells := told_apart(DONE):
         table.show(table.rows(cells))
         if any(len({cell.fields[repeat] for cell in cells}) > 1 for repeat in ("draw", "seed")):
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
@@ -71,4 +73,4 @@ def _page(folder: Path) -> None:
 def _watched() -> bool:
     """Whether there is a display, and somebody at the terminal."""
     display = sys.platform == "darwin" or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
-    return display and sys.stdout.isatty() and "PYTEST_CURRENT_TEST" not in os.environ
+    return display and sys.stdout.isatty()

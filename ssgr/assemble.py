@@ -9,6 +9,8 @@ from ssgr import results, tracker
 from ssgr.queue import Records
 from ssgr.records import RunResult
 from ssgr.report import table
+from ssgr.report.cells import read as read_cells
+from ssgr.report.cells import told_apart
 from ssgr.store import Artefact, Store
 from ssgr.sweep import Sweep, read
 
@@ -67,7 +69,7 @@ def report(folder: Path) -> int:
     store = Store(Path(sweep.store))
     done = [sweep.cell(number) for number, found in cells(sweep, store) if found is not None]
     if done:
-        table.show(table.rows(table.told_apart([cell for one in done for cell in table.read(one / "result.json")])))
+        table.show(table.rows(told_apart([cell for one in done for cell in read_cells(one / "result.json")])))
     without = gaps(sweep, store)
     for line in without:
         print(line)

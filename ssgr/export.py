@@ -20,19 +20,19 @@ import numpy as np
 
 from ssgr import tables
 from ssgr.records import Verdict
-from ssgr.report import table
+from ssgr.report.cells import Cell, find, values
 from ssgr.stages.evaluate import PERPLEXITY, shown
 
 _ACCURACY = "exact_match"  # lm-evaluation-harness's name for the share of right answers
 
 
-def export(cells: Sequence[table.Cell], out: Path) -> list[Path]:
+def export(cells: Sequence[Cell], out: Path) -> list[Path]:
     """Write the cells, and return the files of results.
 
     Raises:
         ValueError: what a result refers to is no longer there, or `out` cannot be written.
     """
-    runs: dict[Path, list[table.Cell]] = defaultdict(list)
+    runs: dict[Path, list[Cell]] = defaultdict(list)
     for cell in cells:
         runs[cell.path].append(cell)
     written: dict[Path, None] = {}
@@ -42,7 +42,7 @@ def export(cells: Sequence[table.Cell], out: Path) -> list[Path]:
     return list(written)
 
 
-def _export_model(path: Path, cells: Sequence[table.Cell], which: str, out: Path) -> Path:
+def _export_model(path: Path, cells: Sequence[Cell], which: str, out: Path) -> Path:
     name = _model(cells[0], which)
     date = datetime.fromtimestamp(path.stat().st_mtime, UTC).replace(tzinfo=None)
     stamp = date.isoformat().replace(":", "-")
@@ -88,15 +88,15 @@ def _export_model(path: Path, cells: Sequence[table.Cell], which: str, out: Path
     return file
 
 
-def _standard_error(cell: table.Cell, which: str, value: float) -> float | str:
+def _standard_error(cell: Cell, which: str, value: float) -> float | str:
     """That of the mean over problems or items; of a perplexity, to first order, that of the mean loss times it."""
-    values = table.values(cell, which)
-    if len(values) < 2:
+    each = values(cell, which)
+    if len(each) < 2:
         return "N/A"
-    return float(np.std(values, ddof=1) / len(values) ** 0.5) * (value if cell.metric == PERPLEXITY else 1)
+    return float(np.std(each, ddof=1) / len(each) ** 0.5) * (value if cell.metric == PERPLEXITY else 1)
 
 
-def _samples(cell: table.Cell, which: str) -> list[dict[str, Any]]:
+def _samples(cell: Cell, which: str) -> list[dict[str, Any]]:
     """A row a problem, window or document, in the order of ids."""
     metric, bench = _metric(cell), cell.fields["bench"]
     if "attempts" not in cell.score[which]:
@@ -153,11 +153,11 @@ def row(
     }
 
 
-def _metric(cell: table.Cell) -> str:
+def _metric(cell: Cell) -> str:
     return _ACCURACY if cell.metric == "accuracy" else cell.metric
 
 
-def _config(cell: table.Cell) -> dict[str, Any]:
+def _config(cell: Cell) -> dict[str, Any]:
     bench, group = cell.fields["bench"], cell.result["config"]["bench"]
     own = next((b for b in group.get("benches", {}).values() if b["name"] == bench), group)
     decoding = {**own["decoding"], **group.get("decoding", {})} if "decoding" in own else {}
@@ -178,7 +178,7 @@ def _config(cell: table.Cell) -> dict[str, Any]:
     }
 
 
-def _model(cell: table.Cell, which: str) -> str:
+def _model(cell: Cell, which: str) -> str:
     fields = cell.fields
     if which == "dense":
         return fields["model"]
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("exported"), help="folder to write to (exported)")
     args = parser.parse_args(arguments)
     try:
-        files = export(table.find(args.paths), args.out)
+        files = export(find(args.paths), args.out)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,10 +17,7 @@ from ssgr.experiment import Experiment
 from ssgr.flow import Flow
 from ssgr.graph import Planned
 from ssgr.model import gguf
-from ssgr.records import (
-    RunResult,
-    StageRun,
-)
+from ssgr.records import RunResult, StageRun
 from ssgr.results import result
 from ssgr.select import Budget
 from ssgr.stages import prune, sample, select

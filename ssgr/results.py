@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ssgr import tables
-from ssgr.records import (
-    BenchResult,
-    PruneResult,
-    Reading,
-    RunResult,
-    Score,
-    to_json,
-)
+from ssgr.files import write_bytes
+from ssgr.records import BenchResult, PruneResult, Reading, RunResult, Score, to_json
 from ssgr.stages import evaluate, prune, select
 from ssgr.store import Artefact, Store
 
@@ -84,9 +78,7 @@ def write(result: RunResult, store: Store, folder: Path) -> None:
             copy.parent.mkdir(exist_ok=True)
             copy.unlink(missing_ok=True)
             shutil.copyfile(source, copy)
-        beside = folder / "result.json.tmp"
-        beside.write_text(json.dumps(to_json(result), indent=1, default=str))
-        beside.rename(folder / "result.json")
+        write_bytes(folder / "result.json", json.dumps(to_json(result), indent=1, default=str).encode())
     except OSError as error:
         raise ValueError(
             f"the output folder {folder} cannot be written ({error.strerror}): type hydra.run.dir=DIR"

@@ -113,3 +113,12 @@ def arguments(source: Path, work: Path, count: int):  # type: ignore[no-untyped-
     model = Model("random", str(source), dtype="float32", device="cpu")
     method = uniform(SparseGPT(), Unstructured(0.5))
     return model, TINY.tokenizer(), calibration(rows=20), method, Memory(0, count), work
+
+
+def steps(own: Ranks) -> None:
+    """Work of two steps, the second of which is never taken."""
+    from ssgr.progress import Progress
+
+    with Progress("prune", 2, shown=False) as progress:
+        progress.step()
+        time.sleep(3)

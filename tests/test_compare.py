@@ -15,6 +15,7 @@ from statsmodels.stats.multitest import multipletests
 from ssgr import intervals
 from ssgr.report import table
 from ssgr.report.__main__ import main
+from ssgr.report.cells import find
 from ssgr.report.compare import Gap, compare
 from tests.test_report import cell
 
@@ -151,7 +152,7 @@ def sweep(folder: Path, problems: int = 40) -> dict[tuple[str, int, int], list[b
 
 def test_a_sweep_of_three_draws_and_two_seeds(tmp_path: Path) -> None:
     right = sweep(tmp_path)
-    by = {found.names["calib"]: found for found in compare(table.find([tmp_path]), against="calib=matched")}
+    by = {found.names["calib"]: found for found in compare(find([tmp_path]), against="calib=matched")}
     ssgr, matched = by["ssgr"], by["matched"]
     assert (ssgr.draws, ssgr.seeds, ssgr.problems, len(ssgr.cells)) == (3, 2, 40, 6)
     order = sorted(range(40), key=str)  # problems are in the order of their ids
@@ -178,7 +179,7 @@ def test_a_sweep_of_three_draws_and_two_seeds(tmp_path: Path) -> None:
 def test_a_cell_that_failed_leaves_a_hole_and_is_no_draw(tmp_path: Path) -> None:
     right = sweep(tmp_path)
     (tmp_path / "ssgr12" / "result.json").unlink()
-    cells = table.find([tmp_path])
+    cells = find([tmp_path])
     ssgr = next(c for c in compare(cells, against="calib=matched") if c.names["calib"] == "ssgr")
     assert (ssgr.draws, ssgr.seeds, len(ssgr.cells)) == (3, 2, 5)
     there = [own for (calib, *at), own in right.items() if calib == "ssgr" and at != [1, 2]]
@@ -187,7 +188,7 @@ def test_a_cell_that_failed_leaves_a_hole_and_is_no_draw(tmp_path: Path) -> None
 
 def test_one_evaluation_has_the_interval_of_its_record(tmp_path: Path) -> None:
     cell(tmp_path / "a", [True, False, True])
-    (found,) = compare(table.find([tmp_path]))
+    (found,) = compare(find([tmp_path]))
     assert found.value.ci95 == tuple(found.cells[0].score["pruned"]["ci95"]) == (0, 1)
 
 
@@ -201,7 +202,7 @@ def test_what_has_no_common_mean_is_apart_or_refused(
 ) -> None:
     for i, value in enumerate(values):
         cell(tmp_path / str(i), [True, i == 0], **{setting: value})
-    cells = table.find([tmp_path])
+    cells = find([tmp_path])
     apart = compare(cells)
     assert len(apart) == 2 and all(field in one.names for one in apart)
     with pytest.raises(ValueError, match=rf"more than one {field} .* give --by calib,{field}"):
@@ -215,11 +216,11 @@ def test_a_mean_over_settings_needs_all_of_them_in_every_draw(tmp_path: Path) ->
     for draw in (0, 1):
         for ratio in (0.5, 0.6):
             cell(tmp_path / f"{draw}{ratio}", [ratio == 0.5, True], calib__draw=draw, sparsity={"ratio": ratio})
-    (found,) = compare(table.find([tmp_path]), by=["calib"])
+    (found,) = compare(find([tmp_path]), by=["calib"])
     assert (found.draws, found.seeds, len(found.cells)) == (2, 1, 4) and found.value.mean == 0.75
     (tmp_path / "10.6" / "result.json").unlink()
     with pytest.raises(ValueError, match="differ in sparsity, and not every draw and seed has all of them: give --by"):
-        compare(table.find([tmp_path]), by=["calib"])
+        compare(find([tmp_path]), by=["calib"])
 
 
 def test_of_several_controls_the_one_of_the_same_filter(tmp_path: Path) -> None:
@@ -227,9 +228,7 @@ def test_of_several_controls_the_one_of_the_same_filter(tmp_path: Path) -> None:
         cell(tmp_path / f"s{band}", [True, False], difficulty={"name": band})
         cell(tmp_path / f"m{band}", right, difficulty={"name": band}, calib={"name": "matched", "draw": 0})
     cell(tmp_path / "w", [True, False], difficulty={"name": "any"}, calib={"name": "self", "draw": 0})
-    by = {
-        (c.names["calib"], c.names["difficulty"]): c for c in compare(table.find([tmp_path]), against="calib=matched")
-    }
+    by = {(c.names["calib"], c.names["difficulty"]): c for c in compare(find([tmp_path]), against="calib=matched")}
     for band, gap in (("hard", -0.5), ("easy", 0.5)):
         found = by["ssgr", band].to_control
         assert found is not None and found.mean == gap
@@ -247,6 +246,6 @@ def test_tables_show_draws_seeds_and_what_is_unsure(tmp_path: Path, capsys: pyte
     for form in ("text", "markdown"):
         assert main([str(tmp_path), "--against", "calib=matched", "--format", form]) == 0
         assert capsys.readouterr().out.rstrip().endswith(table.NOTE)
-    row = next(row for row in table.means(table.find([tmp_path]), against="calib=matched") if row["calib"] == "ssgr")
+    row = next(row for row in table.means(find([tmp_path]), against="calib=matched") if row["calib"] == "ssgr")
     assert (row["draws"], row["seeds"]) == ("3", "2")
     assert not row["difference to dense"].endswith("~") and row["minus calib=matched"].endswith("] ~")

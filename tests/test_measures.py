@@ -17,6 +17,7 @@ from ssgr.measure.perplexity import Perplexity
 from ssgr.measure.tasks import LmEvalTask
 from ssgr.records import Item, Trace
 from ssgr.report import table
+from ssgr.report.cells import find
 from ssgr.sampler import Decoding
 from ssgr.sampler.hf import HfSampler
 from ssgr.stages.evaluate import Bench, Suite, item_difference, members, reading
@@ -142,7 +143,7 @@ def test_a_suite_from_the_command_line_to_the_report(run: Run, tmp_path: Path) -
     assert keys["sample_dense.smoke"] == keys["sample_dense.perplexity_traces"], (
         "the traces of the dense model are sampled once"
     )
-    cells = table.find([tmp_path / "run"])
+    cells = find([tmp_path / "run"])
     assert {cell.fields["bench"]: cell.metric for cell in cells} == {
         "smoke": "accuracy", "perplexity": "perplexity", "perplexity_traces": "perplexity",
     }  # fmt: skip

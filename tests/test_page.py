@@ -22,6 +22,7 @@ from ssgr import tables
 from ssgr.records import Text
 from ssgr.report import compare, figures, page, ran, table, traces
 from ssgr.report.__main__ import main
+from ssgr.report.cells import read
 from tests.sweeps import grid, store, sweep
 
 GRID = grid(calib=["corpus", "ssgr", "matched"], difficulty=["any", "hard"], length=["any", "short"], draw=[0, 1])
@@ -340,15 +341,12 @@ def test_the_end_of_a_sweep_leaves_the_page_and_the_figures_of_an_experiment(
     folder = sweep(tmp_path, grid(draw=[0, 1]))
     (folder / "multirun.yaml").write_text("")
     opened: list[str] = []
-    monkeypatch.setattr(
-        outcome, "DONE", [*table.read(folder / "0" / "result.json"), *table.read(folder / "1" / "result.json")]
-    )
+    monkeypatch.setattr(outcome, "DONE", [*read(folder / "0" / "result.json"), *read(folder / "1" / "result.json")])
     monkeypatch.setattr(outcome, "FAILED", ["draw=2: no room"])
     monkeypatch.setattr(sys, "argv", ["run.py", "experiment=draws"])
     monkeypatch.setattr(webbrowser, "open", opened.append)
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: watched, raising=False)
-    monkeypatch.delenv("PYTEST_CURRENT_TEST")
     outcome.finish()
     assert f"page: {folder / 'report.html'}" in capsys.readouterr().out
     assert opened == ([(folder / "report.html").as_uri()] if watched else [])

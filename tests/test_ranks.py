@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ssgr import progress
 from ssgr.model import Model
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import Unstructured
@@ -119,6 +121,9 @@ def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: p
     (leader, why), joined = on_two_hosts(hosts, "everything", sources, hosts)
     assert leader == 0, why
     assert joined == (1, "ssgr.stages.ranks.Joined")
+    for rank in range(2):  # the leader's port too is open at its own address alone
+        ends, _ = json.loads((hosts / f"rank_{rank}.json").read_text())
+        assert ends and {ip for pair in ends for ip in pair if ip} <= LOOPBACK, ends
     one = content(tmp_path / "1")
     assert {name.split("/")[0] for name in one} == {*rank_jobs.JOBS, "collect", "dense"}
     for several in ("2", "3", "hosts"):
@@ -148,6 +153,25 @@ def test_an_error_in_one_rank_ends_all(
     assert not running(mark, "multiprocessing.spawn")
     assert not list(tmp_path.iterdir())
     assert "Traceback" not in capfd.readouterr().err
+
+
+def test_the_parent_knows_how_far_its_ranks_are(tmp_path: Path) -> None:
+    """What a lease's heartbeat tells of a shared prune."""
+    seen = []
+
+    def watch() -> None:
+        until = time.monotonic() + LONGEST
+        while not seen and time.monotonic() < until:
+            if progress.latest is not None:
+                seen.append(progress.latest)
+            time.sleep(0.05)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ranks.run(2, tmp_path, "cpu", rank_jobs.steps)
+    watcher.join()
+    assert (seen[0]["what"], seen[0]["done"], seen[0]["total"]) == ("prune", 1, 2)
+    assert progress.latest is None
 
 
 def test_an_error_on_one_host_ends_both(tmp_path: Path) -> None:

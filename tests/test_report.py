@@ -21,6 +21,7 @@ from ssgr import tables
 from ssgr.records import Outcome, Verdict
 from ssgr.report import table
 from ssgr.report.__main__ import main
+from ssgr.report.cells import find, read
 from tests.conftest import ROOT
 
 
@@ -79,7 +80,7 @@ def test_a_cell_that_was_run_twice_counts_once(tmp_path: Path) -> None:
     for sweep in ("one", "two"):
         for draw in (0, 1):
             cell(tmp_path / sweep / str(draw), [True, draw == 0], calib__draw=draw, store__path=sweep)
-    (row,) = table.means(table.find([tmp_path]), ["calib"])
+    (row,) = table.means(find([tmp_path]), ["calib"])
     assert row["draws"] == "2" and row["deviation of draws"] == "0.354"
 
 
@@ -92,7 +93,7 @@ def test_any_setting_that_differs_is_a_column(name: str, values: tuple[Any, ...]
     for i, value in enumerate(values):
         for draw in (0, 1):
             cell(tmp_path / f"{i}{draw}", [True, i == 0], calib__draw=draw, **{name: value})
-    found = table.means(table.find([tmp_path]))
+    found = table.means(find([tmp_path]))
     column = name.replace("__", ".")
     assert [(row[column], row["draws"]) for row in found] == [(str(value), "2") for value in values]
 
@@ -106,22 +107,22 @@ def test_what_changes_no_result_or_follows_from_a_choice_is_no_column(tmp_path: 
         device="cuda",
         sampler__engine={"batch_size": 8},
     )
-    assert set(table.find([tmp_path])[0].fields) == set(table.read(tmp_path / "a" / "result.json")[0].fields)
+    assert set(find([tmp_path])[0].fields) == set(read(tmp_path / "a" / "result.json")[0].fields)
 
 
 def test_means_are_over_draws_and_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
         for draw in (0, 1):
             cell(tmp_path / f"{seed}{draw}", [True], calib__draw=draw, sampler__decoding={"seed": seed})
-    (row,) = table.means(table.find([tmp_path]))
+    (row,) = table.means(find([tmp_path]))
     assert row["draws"] == "4" and row["seeds"] == "1"  # another seed of the sampler is another calibration set
 
 
 def test_a_budget_of_rows_is_one_budget(tmp_path: Path) -> None:
     for draw in (0, 1):
         cell(tmp_path / str(draw), [True], calib__draw=draw, budget={"tokens": None, "rows": 32})
-    (row,) = table.means(table.find([tmp_path]))
-    assert row["draws"] == "2" and table.find([tmp_path])[0].fields["budget"] == "32 rows"
+    (row,) = table.means(find([tmp_path]))
+    assert row["draws"] == "2" and find([tmp_path])[0].fields["budget"] == "32 rows"
 
 
 def test_a_control_is_that_of_the_same_draw_and_seed(tmp_path: Path) -> None:
@@ -129,7 +130,7 @@ def test_a_control_is_that_of_the_same_draw_and_seed(tmp_path: Path) -> None:
         own = {"sampler__decoding": {"seed": seed}}
         cell(tmp_path / f"s{seed}", [True, True], **own)
         cell(tmp_path / f"m{seed}", [True, seed == 1], calib={"name": "matched", "draw": 0}, **own)
-    by = {row["calib"]: row for row in table.means(table.find([tmp_path]), ["calib"], "calib=matched")}
+    by = {row["calib"]: row for row in table.means(find([tmp_path]), ["calib"], "calib=matched")}
     assert by["ssgr"]["minus calib=matched"].startswith("+0.250")  # 0.5 of the first seed, 0 of the second
 
 
@@ -140,7 +141,7 @@ def test_results_of_other_weights_are_no_more_draws(tmp_path: Path) -> None:
     changed["keys"]["evaluate_dense.held_out"] = "other"
     (tmp_path / "new" / "result.json").write_text(json.dumps(changed))
     with pytest.raises(ValueError, match="same settings and are of different weights, data or code"):
-        table.find([tmp_path])
+        find([tmp_path])
 
 
 @pytest.mark.parametrize("width", [40, 80, 1000])
@@ -148,7 +149,7 @@ def test_no_figure_is_cut_on_a_narrow_terminal(width: int, tmp_path: Path) -> No
     """A real terminal: the report runs on a pseudo-terminal of that width."""
     for draw in (0, 1):
         cell(tmp_path / str(draw), [True, draw == 0], calib__draw=draw, budget__tokens=[400, 800][draw])
-    content = table.rows(table.find([tmp_path]))
+    content = table.rows(find([tmp_path]))
     code = f"import sys; from ssgr.report.__main__ import main; sys.exit(main([{str(tmp_path)!r}]))"
     parent, child = pty.openpty()
     fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
@@ -192,4 +193,4 @@ def test_other_problems_have_no_common_mean(tmp_path: Path) -> None:
     cell(tmp_path / "a", [True])
     cell(tmp_path / "b", [True], problems="q", calib__draw=1)
     with pytest.raises(ValueError, match="different problems and have no common mean"):
-        table.means(table.find([tmp_path]), ["calib"])
+        table.means(find([tmp_path]), ["calib"])

@@ -22,6 +22,7 @@ from filelock import FileLock
 from ssgr import assemble, pipeline, sweep, tables, tracker
 from ssgr.records import RunResult, to_json
 from ssgr.report import cells, table
+from ssgr.report.cells import find
 from ssgr.store import Store
 from ssgr.tracker import content
 from ssgr.tracker.tensorboard import TensorBoard
@@ -275,7 +276,7 @@ def report_is_of_these_runs(place: Path, server: Server) -> None:
     ):
         assert told in text
     (shown,) = [one["content"] for one in blocks if one["type"] == "markdown-block"]
-    assert table.markdown(table.rows(table.find([place / "one"]))) == shown
+    assert table.markdown(table.rows(find([place / "one"]))) == shown
     grids = [one["metadata"] for one in blocks if one["type"] == "panel-grid"]
     for runs in (one for grid in grids for one in grid["runSets"]):
         (only,) = runs["filters"]["filters"]

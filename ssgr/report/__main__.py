@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ssgr import assemble, sweep
 from ssgr.report import table
+from ssgr.report.cells import Cell, find
 from ssgr.store import Store
 from ssgr.tracker import wandb_report
 
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         holes = _assembled(args.paths)
         if args.html or args.figures:
             return _page(args, holes)
-        cells = table.find(args.paths)
+        cells = find(args.paths)
         by = args.by.split(",") if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
         if args.wandb:
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _sent(args: argparse.Namespace, cells: list[table.Cell], content: table.Rows) -> str:
+def _sent(args: argparse.Namespace, cells: list[Cell], content: table.Rows) -> str:
     """Send a report of W&B with the tables; its address."""
     found = {cell.path: cell.result for cell in cells}
     name = " ".join(path.absolute().name for path in args.paths)

@@ -20,7 +20,7 @@ LEVEL = 0.05  # an adjusted p at or above this proves nothing
 _DRAWN = ("draw", "sampler.decoding.seed")  # what makes a calibration set another draw
 REPEATS = (*_DRAWN, "seed")  # what means are over
 _APART = ("model", "bench", "budget")  # whose results have no common mean
-_FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another need not
+FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another need not
 
 
 @dataclass(frozen=True)
@@ -218,7 +218,7 @@ def _is(cell: Cell, against: str) -> bool:
 def _twin(cell: Cell, against: str) -> tuple[str, ...]:
     """What a cell and its control agree in: all but the field compared and, between sources, the filters."""
     field = against.partition("=")[0]
-    free = {field} | (_FILTERS if field == "calib" else set())
+    free = {field} | (FILTERS if field == "calib" else set())
     return tuple(value for name, value in cell.fields.items() if name.partition(".")[0] not in free)
 
 
@@ -241,5 +241,5 @@ def _control(cell: Cell, controls: dict[tuple[str, ...], list[Cell]], against: s
     if against is None:
         return None
     fit = controls.get(_twin(cell, against), [])
-    alike = [one for one in fit if all(one.fields[name] == cell.fields[name] for name in _FILTERS)]
+    alike = [one for one in fit if all(one.fields[name] == cell.fields[name] for name in FILTERS)]
     return alike[0] if len(alike) == 1 else fit[0] if len(fit) == 1 else None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import csv
 import io
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ssgr.files import write_bytes
 
 Records = list[dict[str, Any]]
 ROWS = "rows"  # what the data set of a figure is called in its specification
@@ -95,19 +96,9 @@ def write(figures: Sequence[Figure], folder: Path) -> list[Path]:
             }
             for kind, content in made.items():
                 out.append(folder / f"{figure.name}.{kind}")
-                replace(out[-1], content)
+                write_bytes(out[-1], content)
     except OSError as error:
         raise ValueError(
             f"the folder of figures {folder} cannot be written ({error.strerror}): choose another"
         ) from error
     return out
-
-
-def replace(path: Path, content: bytes) -> None:
-    """Write a file whole: beside, then renamed."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from ssgr.report.cells import Cell
-from ssgr.report.compare import Comparison, Gap, compare
+from ssgr.report.compare import FILTERS, Comparison, Gap, compare
 from ssgr.report.figures import Records
+from ssgr.sweep import MANIFEST
 
 CONTROL = "calib=matched"
-_MARKS = ("multirun.yaml", "sweep.json")  # what Hydra and our launchers leave in the folder of a sweep
+_MARKS = ("multirun.yaml", MANIFEST)  # what Hydra and our launchers leave in the folder of a sweep
 _OWN_AXIS = ("model", "bench", "draw", "seed")  # what no label says: headings do, or it is averaged over
-FILTERS = frozenset({"difficulty", "length", "scope", "balance"})  # what one source uses and another ignores
 _BARE = ("calib", "pruner", "sparsity")  # whose values need no name beside them
 
 
@@ -196,15 +196,16 @@ def _names(cell: Cell, varied: Sequence[str]) -> dict[str, Any]:
 def _numbers(name: str, mean: float, ci95: Sequence[float]) -> dict[str, Any]:
     """A mean and the ends of its interval; six digits are more than any of them holds."""
     before = f"{name}_" if name else ""
-    return {name or "value": _six(mean), f"{before}low": _six(ci95[0]), f"{before}high": _six(ci95[1])}
+    return {name or "value": six(mean), f"{before}low": six(ci95[0]), f"{before}high": six(ci95[1])}
 
 
-def _six(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+def six(value: float | None) -> float | None:
+    """Six digits of a number; nothing of what is no number."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def _gap(name: str, gap: Gap) -> dict[str, Any]:
-    return {**_numbers(name, gap.mean, gap.ci95), f"{name}_p": _six(gap.p_adjusted), f"{name}_unsure": gap.unsure}
+    return {**_numbers(name, gap.mean, gap.ci95), f"{name}_p": six(gap.p_adjusted), f"{name}_unsure": gap.unsure}
 
 
 def _means(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -212,10 +213,10 @@ def _means(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, key in (("tokens", "mean_tokens"), ("cut", "truncated"), ("looping", "looping")):
         if all(key in score for score in scores):
-            out[name] = _six(float(np.mean([score[key] for score in scores])))
+            out[name] = six(float(np.mean([score[key] for score in scores])))
     if "tokens" in out:
         each = [score["mean_tokens"] for score in scores]
-        out |= {"tokens_low": _six(min(each)), "tokens_high": _six(max(each))}
+        out |= {"tokens_low": six(min(each)), "tokens_high": six(max(each))}
     return out
 
 
@@ -223,5 +224,5 @@ def _sparsity(cells: Sequence[Cell]) -> dict[str, Any]:
     realised = [cell.result["prune"].get("sparsity_realised") for cell in cells]
     target = cells[0].result["prune"].get("sparsity_target")
     known = [one for one in realised if one is not None]
-    mean = _six(float(np.mean(known))) if known else None
-    return {"sparsity_realised": mean, "ratio": _six(target) if target is not None else mean}
+    mean = six(float(np.mean(known))) if known else None
+    return {"sparsity_realised": mean, "ratio": mean if target is None else six(target)}

@@ -14,7 +14,7 @@ from ssgr.records import Graded, Trace, Verdict
 from ssgr.report.cells import Cell
 from ssgr.report.drawing import MANY, base, color, figure, legend, panelled, shape
 from ssgr.report.figures import Absent, Figure, Records
-from ssgr.report.groups import label, once
+from ssgr.report.groups import label, once, six
 from ssgr.stages import grade
 from ssgr.stages.select import ROWS
 from ssgr.tables import read_rows
@@ -165,8 +165,8 @@ def layers(model: str, prunes: dict[str, Cell]) -> list[Figure | Absent]:
     for name, cell in shown.items():
         for i, layer in enumerate(cell.result["prune"]["layers"]):
             rows.append(
-                {"series": name, "number": i, "layer": layer["name"], "sparsity": _six(layer["sparsity"]),
-                 "error": _six(layer.get("error")), "error_held_out": _six(layer.get("error_held_out"))}
+                {"series": name, "number": i, "layer": layer["name"], "sparsity": six(layer["sparsity"]),
+                 "error": six(layer.get("error")), "error_held_out": six(layer.get("error_held_out"))}
             )  # fmt: skip
     left = f" {len(shown)} of {len(some)} settings are shown." if len(shown) < len(some) else ""
     out: list[Figure | Absent] = []
@@ -191,10 +191,6 @@ def _spread(some: dict[str, Cell]) -> dict[str, Cell]:
     names = list(some)
     step = max(1.0, len(names) / MANY)
     return {names[int(i * step)]: some[names[int(i * step)]] for i in range(min(MANY, len(names)))}
-
-
-def _six(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.6g}")
 
 
 def stages(cells: Sequence[Cell]) -> Figure | Absent:

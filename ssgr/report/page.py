@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ssgr.files import write_bytes
 from ssgr.report import charts, figures, inside, ran, traces
 from ssgr.report.cells import Cell, natural, read, told_apart
 from ssgr.report.drawing import metric_title
@@ -119,7 +120,7 @@ def write(report: Report, file: Path) -> None:
     content = render(report)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        figures.replace(file, content.encode("utf-8"))
+        write_bytes(file, content.encode("utf-8"))
     except OSError as error:
         raise ValueError(f"--html {file} cannot be written ({error.strerror}): choose another file") from error
 

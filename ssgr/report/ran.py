@@ -13,9 +13,9 @@ import yaml
 from ssgr.files import write_json
 from ssgr.report.cells import Cell
 from ssgr.report.groups import sweep_of
+from ssgr.sweep import MANIFEST
 
 COMMAND = "command.json"  # what a sweep in one process leaves beside its cells
-_MANIFEST = "sweep.json"  # what a launcher leaves there
 _UNKNOWN = "not recorded"
 
 
@@ -59,7 +59,7 @@ def _folders(cells: Iterable[Cell]) -> list[Path]:
 
 def _recorded(folder: Path) -> dict[str, Any] | None:
     """Command, commit and time of the sweep or run in `folder`; of an older one the overrides alone, which Hydra noted."""
-    for name in (_MANIFEST, COMMAND):
+    for name in (MANIFEST, COMMAND):
         try:
             found = json.loads((folder / name).read_text())
             if isinstance(found, dict) and all(isinstance(word, str) for word in found["command"]):

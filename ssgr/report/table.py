@@ -15,12 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ssgr.records import MANY_CUT
-from ssgr.report.cells import Cell as Cell
-from ssgr.report.cells import find as find
-from ssgr.report.cells import read as read
-from ssgr.report.cells import shown_fields
-from ssgr.report.cells import told_apart as told_apart
-from ssgr.report.cells import values as values
+from ssgr.report.cells import Cell, shown_fields
 from ssgr.report.compare import Comparison, Gap, compare, draw_of, holds_zero
 from ssgr.stages.evaluate import PERPLEXITY
 

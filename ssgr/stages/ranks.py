@@ -46,7 +46,10 @@ class Crew:
 
     def invited(self) -> dict[str, Any] | None:
         """What the leader works on: its `work` folder, its `count` of processes, and the `host` and `port` to meet at."""
-        found: dict[str, Any] | None = json.loads(self.board.read_text()) if self.board.exists() else None
+        try:
+            found: dict[str, Any] = json.loads(self.board.read_text())
+        except FileNotFoundError:  # not yet, or no longer
+            return None
         return found
 
 

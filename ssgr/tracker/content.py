@@ -112,6 +112,17 @@ def _answer(text: Text, outcome: Outcome, chars: int) -> tuple[str, str, int]:
     return cut(text.response, chars), str(outcome.verdict), outcome.tokens
 
 
+def check(samples: int, chars: int) -> None:
+    """See that the settings of `samples` can be.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    for name, value, least in (("samples", samples, 0), ("sample_chars", chars, 1)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"tracker.{name}={value}: give a whole number of at least {least}")
+
+
 def cut(text: str, chars: int) -> str:
     """`text` with its middle left out where it is longer than `chars`; what is left out is counted."""
     if len(text) <= chars:

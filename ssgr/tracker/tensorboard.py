@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ssgr.records import to_json
 from ssgr.tracker import Cell, content
 
@@ -24,9 +26,7 @@ class TensorBoard:
     sample_chars: int = 4000
 
     def __post_init__(self) -> None:
-        for name, value, least in (("samples", self.samples, 0), ("sample_chars", self.sample_chars, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"tracker.{name}={value}: give a whole number of at least {least}")
+        content.check(self.samples, self.sample_chars)
 
     def track(self, cell: Cell) -> None:
         """Write the events of a cell beside, then in place of those that were there.
@@ -60,19 +60,13 @@ class TensorBoard:
                     writer.add_scalar(f"layer/{name}", layer[name], i)
                     kinds[name, layer["name"].rpartition(".")[2]].append(layer[name])
         for (name, kind), values in kinds.items():
-            writer.add_histogram(f"layers/{name}/{kind}", _array(values))
+            writer.add_histogram(f"layers/{name}/{kind}", np.asarray(values))
         settings = json.dumps(content.without_secrets(result["config"]), indent=1, default=str)
         writer.add_text("config", _verbatim(settings))
         for row in content.without_secrets(content.samples(folder, result, self.samples, self.sample_chars)):
             shown = dict(zip(content.SAMPLE, row, strict=True))
             told = "\n\n".join(f"{name}\n{value}" for name, value in shown.items())
             writer.add_text(f"samples/{shown['bench']}/{shown['problem_id']} {shown['attempt']}", _verbatim(told))
-
-
-def _array(values: list[float]) -> Any:
-    import numpy as np
-
-    return np.asarray(values)
 
 
 def _verbatim(text: str) -> str:

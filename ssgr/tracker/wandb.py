@@ -44,9 +44,7 @@ class Wandb:
             raise ValueError(f"tracker.mode={self.mode}: valid choices are {', '.join(MODES)}")
         if not self.project:
             raise ValueError("tracker.project is empty: type tracker.project=NAME")
-        for name, value, least in (("samples", self.samples, 0), ("sample_chars", self.sample_chars, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"tracker.{name}={value}: give a whole number of at least {least}")
+        content.check(self.samples, self.sample_chars)
         if not isinstance(self.timeout, (int, float)) or self.timeout <= 0:
             raise ValueError(f"tracker.timeout={self.timeout}: give a number of seconds")
 
