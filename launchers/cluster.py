@@ -16,6 +16,7 @@ from ssgr.queue import Submitted
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
 SHARED = ("collect", "prune")  # kinds of stages whose work several nodes share
+_SOONER = 60  # seconds by which SLURM may send a signal before the time that it was asked for: sbatch(1), --signal
 _OWN = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node"}  # submitit's words -> those of its SLURM executor
 
 
@@ -38,14 +39,22 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     asked = {k: v for k, v in {**(given.get(DEFAULT) or {}), **(given.get(kind) or {})}.items() if v is not None}
     python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
     cpus, gpus, nodes = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0), asked.get("nodes", 1)
+    minutes, told = asked.get("timeout_min", 5), asked.get("signal_delay_s", 90)  # submitit's defaults
     for name, value, least in (
         ("cpus_per_task", cpus, 1),
         ("gpus_per_node", gpus, 0),
         ("nodes", nodes, 1),
-        ("timeout_min", asked.get("timeout_min", 1), 1),
+        ("timeout_min", minutes, 1),
+        ("signal_delay_s", told, 1),
     ):
         if not isinstance(value, int) or value < least:
             raise ValueError(f"hydra.launcher.resources.{kind}.{name}={value}: give a whole number of at least {least}")
+    if minutes * 60 <= told + _SOONER:
+        raise ValueError(
+            f"hydra.launcher.resources.{kind}.timeout_min={minutes} with signal_delay_s={told}: SLURM tells a job up to "
+            f"{_SOONER} s sooner, so this one may be told as it starts, and dies of it; give at least "
+            f"timeout_min={(told + _SOONER) // 60 + 1}"
+        )
     if asked.get("tasks_per_node", 1) != 1:
         raise ValueError(
             f"hydra.launcher.resources.{kind}.tasks_per_node={asked['tasks_per_node']}: a job has one task a node; "

@@ -131,7 +131,7 @@ def _submitted(
     parallel: int | None,
 ) -> Submitted:
     """Submit an array between two lines of its record."""
-    now = datetime.now(UTC).isoformat(timespec="milliseconds")
+    now = datetime.now(UTC).isoformat(timespec="microseconds")
     one = Submitted(f"ssgr-{kind}-{secrets.token_hex(4)}", kind, keys, str(logs), when=now)
     records.write(one)
     try:

@@ -298,6 +298,8 @@ def test_resources_are_those_of_the_kind_over_the_default() -> None:
     assert resources(given, "grade").gpus == 0 and "gpus_per_node" not in resources(given, "grade").asked
     with pytest.raises(ValueError, match=r"resources\.grade\.cpus_per_task=0: give a whole number"):
         resources({"default": {"cpus_per_task": 0}}, "grade")
+    with pytest.raises(ValueError, match="may be told as it starts, and dies of it; give at least timeout_min=3"):
+        resources({"default": {"signal_delay_s": 90}, "sample": {"timeout_min": 2}}, "sample")
     with pytest.raises(ValueError, match=r"a job has one task a node; memory\.ranks=auto uses all GPUs"):
         resources({"prune": {"tasks_per_node": 2}}, "prune")
     with pytest.raises(ValueError, match="collect and prune alone run on several nodes"):

@@ -113,9 +113,18 @@ class Grid:
         stage = self.sweep.graph.stages[self.key(name, cell)]
         return self.store.root / stage.folder / f"{stage.key}.work"
 
+    def incomplete(self) -> str:
+        """The cells that have no result, with what their jobs came to and said; empty where none is missing."""
+        missing = [n for n in self.sweep.overrides if not (self.sweep.cell(n) / "result.json").exists()]
+        if not missing:
+            return ""
+        left = {key: state for key, state in self.states().items() if state.state != "done"}
+        jobs = accounted([one.job for one in Records(self.store.root).read()])
+        return f"cells {missing} have no result: {left}\n{jobs}\n{logs(self)[-4000:]}"
+
     def complete(self) -> bool:
         """Whether every cell has its result."""
-        return all((self.sweep.cell(n) / "result.json").exists() for n in self.sweep.overrides)
+        return not self.incomplete()
 
 
 def until(ready: Callable[[], Any], limit: float = LIMIT) -> None:
@@ -171,7 +180,7 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     assert "nothing was left to submit" in grid.submit(limit)
     grid.wait()
     assert all(one.state == "done" for one in grid.states().values())
-    assert grid.complete()
+    assert grid.complete(), grid.incomplete()
     stages = grid.sweep.graph.stages
     # magnitude listens to no source, and text has no prompts and responses to tell apart
     assert Counter(stage.kind for stage in stages.values())["prune"] == 3 + (1 + 2) * 3
@@ -231,6 +240,13 @@ def logs(grid: Grid) -> str:
     return "\n".join(file.read_text() for file in sorted((grid.path / "jobs").glob("*_log.err")))
 
 
+def begun_at(grid: Grid, name: str, count: int) -> bool:
+    """Whether the progress of a second job began where the pieces of the first one end."""
+    lines = [line for line in logs(grid).replace("\r", "\n").splitlines() if line.startswith(name)]
+    assert any(f" {count}/" in line for line in lines), (name, count, lines)
+    return True
+
+
 @pytest.mark.xdist_group("faults")
 def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_path: Path) -> None:
     """SIGKILL in the middle of sampling, of pruning and of evaluating; scancel of one more."""
@@ -258,10 +274,9 @@ def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_p
     assert not grid.complete()
     grid.submit()
     grid.wait()
-    assert grid.complete()
-    for name, count in kept.items():  # the progress of the second job begins where the first one's pieces end
-        begun = [line for line in logs(grid).replace("\r", "\n").splitlines() if line.startswith(name)]
-        assert count > 0 and any(f" {count}/" in line for line in begun), (name, count, begun)
+    assert grid.complete(), grid.incomplete()
+    for name, count in kept.items():
+        assert count and begun_at(grid, name, count)
 
 
 @pytest.mark.xdist_group("grid")
@@ -279,7 +294,7 @@ def test_requeued_jobs_and_lost_nodes_need_no_hand(tmp_path: Path) -> None:
         grid.wait()
     finally:
         subprocess.run(["scontrol", "update", f"nodename={node}", "state=resume"], check=False, capture_output=True)
-    assert grid.complete()
+    assert grid.complete(), grid.incomplete()
     again = {job: states for job, states in accounted([grid.job(grid.key("sample")), job]).items() if len(states) > 1}
     assert len(again) == 2, again
 
@@ -295,7 +310,7 @@ def test_preempted_jobs_go_on(tmp_path: Path) -> None:
     grid.reach(lambda: parts(grid, "sample") >= 2)
     slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     grid.wait()
-    assert grid.complete()
+    assert grid.complete(), grid.incomplete()
     job = grid.job(grid.key("sample"))
     assert accounted([job])[job][0] in ("PREEMPTED", "REQUEUED") and len(accounted([job])[job]) > 1
     assert "this job is preempted" in logs(grid)
@@ -303,14 +318,19 @@ def test_preempted_jobs_go_on(tmp_path: Path) -> None:
 
 @pytest.mark.xdist_group("faults")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
-    """Jobs are told before their time is up, put themselves back in the queue and go on."""
-    grid = Grid(tmp_path, *LONG, "problems.calibration=400")
-    kind = "+hydra.launcher.resources.sample"
-    grid.submit(f"{kind}.timeout_min=1", f"{kind}.signal_delay_s=30")
-    grid.wait()
-    assert grid.complete()
+    """A job is told before its time is up, puts itself back in the queue and goes on."""
+    grid = Grid(tmp_path, *LONG, "problems.calibration=1000")
+    grid.submit()
     job = grid.job(grid.key("sample"))
-    assert len(accounted([job])[job]) > 1, "it was never put back in the queue, so this test shows nothing"
+    grid.reach(lambda: parts(grid, "sample") >= 2)
+    slurm("scontrol", "update", f"jobid={job}", "timelimit=1")  # looked at every 30 s, so none is told while it starts
+    grid.reach(lambda: len(accounted([job])[job]) > 1)
+    slurm("scontrol", "update", f"jobid={job}", "timelimit=60")
+    kept = rows(grid, "sample")
+    grid.wait()
+    assert grid.complete(), grid.incomplete()
+    assert "Caught signal SIGUSR2" in logs(grid)
+    assert kept and begun_at(grid, "sample", kept)
 
 
 @pytest.mark.xdist_group("grid")
@@ -325,7 +345,7 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
     said = [driver.communicate(timeout=LIMIT)[0] for driver in drivers]
     assert [driver.returncode for driver in drivers] == [0, 0], said
     one.wait()
-    assert one.complete() and other.complete()
+    assert one.complete() and other.complete(), one.incomplete() + other.incomplete()
     made = Counter(key for record in one.records for keys in record.tasks for key in keys)
     assert made == Counter(one.sweep.graph.stages.keys() | other.sweep.graph.stages.keys())
 
@@ -339,7 +359,7 @@ def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> Non
     alone_done = subprocess.run(alone.command(launcher=()), capture_output=True, text=True, env=ENV, check=False)
     assert alone_done.returncode == 0, alone_done.stderr
     grid.wait()
-    assert grid.complete(), {key: one for key, one in grid.states().items() if one.why}
+    assert grid.complete(), grid.incomplete()
     for name in ("collect", "prune"):
         job = grid.job(grid.key(name))
         tasks = [line.split("|") for line in slurm("sacct", "-n", "-P", "-o", "JobID,NTasks", "-j", job).splitlines()]
