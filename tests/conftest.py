@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import settings
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr.model import Model
+from tests.started import Started
 
 settings.register_profile("ssgr", deadline=None)  # no test asserts a time
 settings.load_profile("ssgr")
@@ -78,11 +80,23 @@ def random_model(seed: int = 0, layers: int = 2, vocabulary: int = 64) -> Qwen2F
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Run:
-    """Type `python run.py ...` with a store and output folders of the test's own."""
+@pytest.fixture(scope="session")
+def started() -> Iterator[Started]:
+    """A process that has the imports of run.py done."""
+    with contextlib.closing(Started({**os.environ, "HF_HUB_OFFLINE": "1"})) as process:
+        yield process
 
-    def type_(*overrides: str, small: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+
+@pytest.fixture
+def run(tmp_path: Path, started: Started) -> Run:
+    """Type `python run.py ...` with a store and output folders of the test's own.
+
+    It is forked from a process that has the imports done, unless it is to run `alone`.
+    """
+
+    def type_(
+        *overrides: str, small: bool = True, alone: bool = False, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
         places = (
             f"store.path={tmp_path / 'store'}",
             f"hydra.run.dir={tmp_path / 'run'}",
@@ -90,6 +104,8 @@ def run(tmp_path: Path) -> Run:
         )
         given = {o.split("=")[0] for o in overrides}
         extra = [o for o in (*places, *(SMALL if small else ())) if o.split("=")[0] not in given]
+        if not alone:
+            return started.run([*overrides, *extra], tmp_path, **environment)
         return subprocess.run(
             [sys.executable, str(ROOT / "run.py"), *overrides, *extra],
             capture_output=True,

@@ -38,7 +38,7 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
     """The whole chain once; the second time everything comes from the store."""
-    first = run("calib=self")
+    first = run("calib=self", alone=True)
     assert first.returncode == 0, first.stderr
     assert "dense" in first.stdout and "difference to dense" in first.stdout
     one = result(tmp_path / "run")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import textwrap
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, SMALL
+from conftest import ROOT, Run
 
 from ssgr import status
 from ssgr.graph import Graph, Planned
@@ -24,26 +23,17 @@ from ssgr.sweep import Sweep, read
 LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.max_parallel=2", "hydra.launcher.cpus_per_task=1")
 
 
-def command(folder: Path, *overrides: str, code: int = 0) -> str:
-    """What run.py prints of a sweep in `folder`."""
-    place = (f"store.path={folder / 'store'}", f"hydra.sweep.dir={folder / 'sweep'}")
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *overrides, *SMALL, *place],
-        capture_output=True,
-        text=True,
-        timeout=400,
-        env=env,
-        check=False,
-    )
+def command(run: Run, *overrides: str, code: int = 0, **how: Any) -> str:
+    """What run.py prints of a sweep."""
+    done = run(*overrides, COLUMNS="200", **how)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
-def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
+def test_a_grid_in_processes_equals_the_grid_in_one(run: Run, tmp_path: Path) -> None:
     """Parts included; a cell whose selection is empty fails alone; a second command does nothing."""
     grid = ("calib=self,corpus", "pruner=magnitude", "budget.max_row_tokens=8,512")
-    said = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", *grid, code=1)
+    said = command(run, *LOCAL, "hydra.launcher.parts=2", *grid, code=1)
     assert "1 of 4 cells failed" in said and "select failed: " in said, said
     sweep = read(tmp_path / "sweep")
     assert sweep is not None
@@ -53,14 +43,15 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
     assert kinds["select", "failed"] == 1 and kinds["prune", "done"] == 1
     assert kinds["sample", "done"] == 6 and kinds["gather", "done"] == 3
     same = ("pruner=magnitude", "budget.max_row_tokens=512")
-    again = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
+    again = command(run, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
     assert "; 0 jobs," in again, again
-    changed = command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=corpus", *same)  # now cell 0 is another
+    changed = command(run, *LOCAL, "hydra.launcher.parts=2", "calib=corpus", *same)  # now cell 0 is another
     assert "; 0 jobs," in changed, changed
     found_ = json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())
     assert found_["config"]["calib"]["name"] == "corpus"
-    assert "; 0 jobs," in command(tmp_path, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
-    alone = command(tmp_path / "alone", "-m", "calib=self,corpus", *same)
+    assert "; 0 jobs," in command(run, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
+    other = (f"store.path={tmp_path / 'alone' / 'store'}", f"hydra.sweep.dir={tmp_path / 'alone' / 'sweep'}")
+    alone = command(run, "-m", "calib=self,corpus", *same, *other)
     for number in ("0", "1"):
         ours, theirs = (
             json.loads((folder / "sweep" / number / "result.json").read_text())
@@ -72,7 +63,7 @@ def test_a_grid_in_processes_equals_the_grid_in_one(tmp_path: Path) -> None:
         assert set(theirs["keys"].items()) <= set(ours["keys"].items())
 
 
-def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweeper_that_needs_values_must_wait(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = tmp_path / "hydra_plugins" / "own"
     own.mkdir(parents=True)
     (own / "__init__.py").write_text(
@@ -80,11 +71,12 @@ def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path, monkeypatch: pyte
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = command(
-        tmp_path,
+        run,
         "-m",
         "hydra/launcher=slurm",
         "hydra.sweeper._target_=hydra_plugins.own.Seeker",
         "calib=corpus",
+        alone=True,
         code=1,
     )
     assert (
@@ -92,7 +84,7 @@ def test_a_sweeper_that_needs_values_must_wait(tmp_path: Path, monkeypatch: pyte
     )
 
 
-def test_a_site_file_as_in_readme_composes(tmp_path: Path) -> None:
+def test_a_site_file_as_in_readme_composes(run: Run, tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text()
     block = readme[readme.index("    # @package hydra.launcher") :].split("\n\n")[0]
     site = tmp_path / "hydra" / "launcher" / "mysite.yaml"
@@ -100,26 +92,25 @@ def test_a_site_file_as_in_readme_composes(tmp_path: Path) -> None:
     site.write_text(textwrap.dedent(block))
     search = f"hydra.searchpath=[pkg://launchers,file://{tmp_path}]"
     shown = ("--cfg", "hydra", "-p", "hydra.launcher")
-    said = command(tmp_path, *shown, "hydra/launcher=mysite", search)
+    said = command(run, *shown, "hydra/launcher=mysite", search)
     found = yaml.safe_load(said[said.index("_target_") :])
     assert found["_target_"].endswith("SlurmLauncher") and found["max_parallel"] == 32
     assert found["resources"]["default"]["account"] == "mylab" and found["resources"]["default"]["signal_delay_s"] == 90
     assert found["resources"]["prune"]["gpus_per_node"] == 4
 
 
-def test_without_slurm_there_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     python = Path(sys.executable).parent
-    monkeypatch.setenv("PATH", str(python))
-    said = command(tmp_path, "-m", "hydra/launcher=slurm", "pruner=magnitude", "calib=corpus", code=1)
+    said = command(run, "-m", "hydra/launcher=slurm", "pruner=magnitude", "calib=corpus", code=1, PATH=str(python))
     assert "there is no sbatch on the path: log in to the cluster, or type hydra/launcher=local" in said
     assert "Traceback" not in said
     assert not Records(tmp_path / "store").read()
 
 
-def test_a_sweep_folder_of_another_version_is_refused(tmp_path: Path) -> None:
+def test_a_sweep_folder_of_another_version_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text('{"version": 99}')
-    said = command(tmp_path, *LOCAL, "pruner=magnitude", code=1)
+    said = command(run, *LOCAL, "pruner=magnitude", code=1)
     assert "its format is 99, this one's is 1" in said and "Traceback" not in said
 
 
