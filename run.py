@@ -11,6 +11,8 @@ import warnings
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the loading of weights, too
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -18,8 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import outcome
-from launchers.experiment import build
-from ssgr import pipeline, results, tracker
+from ssgr import tracker
 from ssgr.records import RunResult
 from ssgr.store import Store
 
@@ -30,6 +31,9 @@ _log = logging.getLogger("ssgr")
 
 def run_cell(cfg: DictConfig) -> RunResult | None:
     """Run one cell and write its result.json into the folder that Hydra made for it; a part only samples."""
+    from launchers.experiment import build  # torch and transformers take seconds to load: a wrong flag is told before
+    from ssgr import pipeline, results
+
     own = HydraConfig.get()
     folder = Path(own.runtime.output_dir)
     store = Store(Path(cfg.store.path))
@@ -113,11 +117,7 @@ def check_folders(overrides: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import transformers
-
     warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     try:
         check_folders(sys.argv[1:])
     except ValueError as error:

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 
 from ssgr import tables
-from ssgr.records import Verdict
+from ssgr.records import PERPLEXITY, Verdict, shown
 from ssgr.report.cells import Cell, find, values
-from ssgr.stages.evaluate import PERPLEXITY, shown
 
 _ACCURACY = "exact_match"  # lm-evaluation-harness's name for the share of right answers
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Finish = Literal["stop", "length"]
+PERPLEXITY = "perplexity"  # the metric of items that are losses
 MANY_CUT = 0.05  # where more of the answers were cut at the cap, the accuracy tells of the cap rather than the model
 Funnel = tuple[tuple[str, int], ...]  # what was left after each filter, in order
 
@@ -226,6 +228,11 @@ class Reading:
     ci95: tuple[float, float]
     items: int
     seconds: float
+
+
+def shown(metric: str, mean: float) -> float:
+    """What a mean of items is shown as: that of losses as a perplexity."""
+    return math.exp(mean) if metric == PERPLEXITY else mean
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A line on the standard input is a command as JSON, its answer on the standard ou
 from __future__ import annotations
 
 import faulthandler
-import importlib.util
+import importlib
 import json
 import os
 import runpy
@@ -61,9 +61,8 @@ def _forked() -> Any:
 
 if __name__ == "__main__":
     sys.path[0] = str(RUN.parent)
-    spec = importlib.util.spec_from_file_location("run", RUN)
-    assert spec and spec.loader
-    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    for name in ("launchers.experiment", "launchers.outcome", "ssgr.pipeline", "hydra"):
+        importlib.import_module(name)
     asked = _forked()
     for stream, file in enumerate(asked["files"]):
         os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), stream)

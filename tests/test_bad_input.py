@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import BartConfig, BartForCausalLM
 
-from tests.conftest import TINY, Run
+from tests.conftest import ROOT, TINY, Run
 
 CASES = {
     "group choice": (["pruner=wnda"], ["pruner", "magnitude", "sparsegpt", "wanda"]),
@@ -136,3 +138,17 @@ def test_a_wrong_report_path(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
     assert main([str(tmp_path)]) == 1
     assert "no result.json at or below" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["run.py", "prunr=wanda"], ["ssgr.report", "nowhere"], ["ssgr.status", "nowhere"]])
+def test_a_mistyped_command_is_told_before_torch_is_loaded(command: list[str]) -> None:
+    run_it = (
+        f"runpy.run_path({str(ROOT / 'run.py')!r}," if command[0] == "run.py" else f"runpy.run_module({command[0]!r},"
+    )
+    code = (
+        f"import atexit, runpy, sys; sys.argv = {command}; "
+        f"atexit.register(lambda: print('torch' in sys.modules)); {run_it} run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and command[1].split("=")[0] in done.stdout + done.stderr
+    assert done.stdout.splitlines()[-1] == "False"

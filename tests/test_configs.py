@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
-from typing import Any
 
 import hydra
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from launchers.experiment import build as experiment_of
 from ssgr import keys
 from ssgr.experiment import Experiment
 
@@ -30,22 +28,10 @@ NEEDS = {  # what a choice cannot know by itself
 }
 
 
-def _run_module() -> Any:
-    spec = importlib.util.spec_from_file_location("run", ROOT / "run.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-RUN = _run_module()
-
-
 def build(*overrides: str) -> Experiment:
     """The experiment of a command line."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        experiment: Experiment = RUN.build(compose("config", list(overrides)))
+        experiment: Experiment = experiment_of(compose("config", list(overrides)))
     return experiment
 
 

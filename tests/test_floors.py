@@ -81,7 +81,7 @@ def test_hydra_stays_outside(file: Path) -> None:
 def test_records_are_standard_library() -> None:
     assert imports(ROOT / "ssgr" / "records.py") <= {
         "__future__", "__future__.annotations", "dataclasses", "dataclasses.dataclass", "dataclasses.field", "enum",
-        "typing", "typing.Any", "typing.Literal",
+        "math", "typing", "typing.Any", "typing.Literal",
     }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssgr import assemble, sweep
+from ssgr import sweep
 from ssgr.report import table
 from ssgr.report.cells import Cell, find
 from ssgr.store import Store
@@ -93,6 +93,8 @@ def _assembled(paths: list[Path]) -> list[str]:
         for manifest in sorted(path.glob("**/" + sweep.MANIFEST) if path.is_dir() else ()):
             found = sweep.read(manifest.parent)
             if found is not None and Path(found.store).is_dir():
+                from ssgr import assemble  # loads torch, which takes seconds
+
                 store = Store(Path(found.store))
                 for _ in assemble.cells(found, store):
                     pass

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssgr import intervals
+from ssgr.records import shown
 from ssgr.report.cells import Cell, by_id, shown_fields, values
-from ssgr.stages.evaluate import shown
 
 LEVEL = 0.05  # an adjusted p at or above this proves nothing
 _DRAWN = ("draw", "sampler.decoding.seed")  # what makes a calibration set another draw

@@ -14,10 +14,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ssgr.records import MANY_CUT
+from ssgr.records import MANY_CUT, PERPLEXITY
 from ssgr.report.cells import Cell, shown_fields
 from ssgr.report.compare import Comparison, Gap, compare, draw_of, holds_zero
-from ssgr.stages.evaluate import PERPLEXITY
 
 Rows = list[dict[str, str]]
 UNSURE = " ~"  # beside a difference that proves nothing

@@ -16,12 +16,11 @@ from ssgr.grader import Grader
 from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.measure import Measure
 from ssgr.problems import Problems
-from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict
+from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict, shown
 from ssgr.sampler import Decoding, Sampler
 
 VERSION = 3
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
-PERPLEXITY = "perplexity"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
 
@@ -177,11 +176,6 @@ def reading(measure: Measure, items: Sequence[Item], seconds: float) -> Reading:
     mean, ci95 = float(values_N.mean()), cluster_bootstrap([values_N])
     value, low, high = (shown(measure.metric, one) for one in (mean, *ci95))
     return Reading(measure.name, measure.metric, value, (low, high), len(items), seconds)
-
-
-def shown(metric: str, mean: float) -> float:
-    """What a mean of items is shown as: that of losses as a perplexity."""
-    return float(np.exp(mean)) if metric == PERPLEXITY else mean
 
 
 def weighted(items: Sequence[Item]) -> NDArray[np.float64]:
