@@ -231,8 +231,11 @@ class Reading:
 
 
 def shown(metric: str, mean: float) -> float:
-    """What a mean of items is shown as: that of losses as a perplexity."""
-    return math.exp(mean) if metric == PERPLEXITY else mean
+    """What a mean of items is shown as: that of losses as a perplexity, infinity where it is no float64."""
+    try:
+        return math.exp(mean) if metric == PERPLEXITY else mean
+    except OverflowError:
+        return math.inf
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,10 @@ def _forked() -> Any:
 
 if __name__ == "__main__":
     sys.path[0] = str(RUN.parent)
-    for name in ("launchers.experiment", "launchers.outcome", "ssgr.pipeline", "hydra"):
+    runpy.run_path(
+        str(RUN)
+    )  # its settings, which what is imported reads; under another name than __main__ it runs nothing
+    for name in ("launchers.experiment", "ssgr.pipeline"):
         importlib.import_module(name)
     asked = _forked()
     for stream, file in enumerate(asked["files"]):

@@ -140,15 +140,12 @@ def test_a_wrong_report_path(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "no result.json at or below" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["run.py", "prunr=wanda"], ["ssgr.report", "nowhere"], ["ssgr.status", "nowhere"]])
+@pytest.mark.parametrize(
+    "command", [["run.py", "prunr=wanda"], ["-m", "ssgr.report", "nowhere"], ["-m", "ssgr.status", "nowhere"]]
+)
 def test_a_mistyped_command_is_told_before_torch_is_loaded(command: list[str]) -> None:
-    run_it = (
-        f"runpy.run_path({str(ROOT / 'run.py')!r}," if command[0] == "run.py" else f"runpy.run_module({command[0]!r},"
-    )
-    code = (
-        f"import atexit, runpy, sys; sys.argv = {command}; "
-        f"atexit.register(lambda: print('torch' in sys.modules)); {run_it} run_name='__main__')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 1 and command[1].split("=")[0] in done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "False"
+    python = [sys.executable, "-X", "importtime"]
+    done = subprocess.run([*python, *command], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 1 and command[-1].split("=")[0] in done.stdout + done.stderr
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "ssgr" in imported and not imported & {"torch", "transformers"}

@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
-from ssgr.records import Graded, Outcome, Trace, Verdict
+from ssgr.records import PERPLEXITY, Graded, Outcome, Trace, Verdict, shown
 from ssgr.stages.evaluate import difference, is_looping, outcomes, score
 
 
@@ -125,3 +125,8 @@ def test_difference_is_paired() -> None:
     gap, (low, high) = difference(list(reversed(worse)), dense)
     assert gap == pytest.approx(-0.1)
     assert -0.17 < low < high < -0.03  # unpaired it would reach zero
+
+
+def test_losses_are_shown_as_a_perplexity_and_too_large_ones_as_infinity() -> None:
+    assert shown(PERPLEXITY, 1.0) == pytest.approx(np.e) and shown(PERPLEXITY, 1000.0) == np.inf
+    assert shown("acc", 0.25) == 0.25
