@@ -170,7 +170,7 @@ class Flow:
             config["contaminated"] = sorted(gone)
 
         def make(work: Path) -> None:
-            traces = tables.read_graded(graded.path / grade.GRADED) if graded else []
+            traces = tables.read_graded(graded.path / grade.GRADED, ids=False) if graded else []
             material = Material(
                 self.tokenizer,
                 self.prompt_ids,
@@ -181,6 +181,8 @@ class Flow:
                 x.model.thinking,
             )
             chosen = select.select(x.calib, material, x.policy, x.budget)
+            if graded:
+                chosen = tables.with_ids(chosen, graded.path / grade.GRADED)
             if problems:
                 counted = (("problems", len(problems)), ("not in the benchmark", len(clean)))
                 chosen = dataclasses.replace(chosen, funnel=(*counted, *chosen.funnel))

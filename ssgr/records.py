@@ -49,6 +49,23 @@ class Trace:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """Stands for token ids that were left in their file: how many they are is known, and no id can be asked for."""
+
+    count: int
+    __iter__ = None
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice) -> Unread:
+        return Unread(len(range(self.count)[part]))
+
+    def __add__(self, other: Unread) -> Unread:
+        return Unread(self.count + other.count)
+
+
+@dataclass(frozen=True)
 class Graded:
     """A trace with its verdict; `thinking` of its tokens come before the answer, all of them where it never `closed` that."""
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ssgr.records import CalibrationSet, Graded, Item, Outcome, Row, Text, Trace, Verdict
+from ssgr.records import CalibrationSet, Graded, Item, Outcome, Row, Text, Trace, Unread, Verdict
 
 _IDS = pa.list_(pa.int32())
 _TRACE = pa.schema(
@@ -32,7 +32,8 @@ _VERDICT = [
     ("thinking", pa.int32()),
     ("closed", pa.bool_()),
 ]
-_GRADED = pa.schema([*_TRACE, *[pa.field(*column) for column in _VERDICT]])
+_LENGTHS = [("prompt_tokens", pa.int32()), ("generated_tokens", pa.int32())]
+_GRADED = pa.schema([*_TRACE, *[pa.field(*column) for column in (*_VERDICT, *_LENGTHS)]])
 _OUTCOME = pa.schema(
     [
         ("problem_id", pa.string()),
@@ -109,20 +110,42 @@ def _trace(row: dict[str, Any]) -> Trace:
 
 
 def write_graded(path: Path, graded: Sequence[Graded]) -> None:
-    """Write graded traces: a trace's columns, then those of its verdict."""
-    rows = [{**_plain(g.trace), **_plain(g), "verdict": str(g.verdict)} for g in graded]
-    for row in rows:
-        del row["trace"]
+    """Write graded traces: a trace's columns, those of its verdict, and how many ids it has."""
+    rows = []
+    for g in graded:
+        lengths = {"prompt_tokens": len(g.trace.prompt_ids), "generated_tokens": len(g.trace.generated_ids)}
+        rows.append({**_plain(g.trace), **_plain(g), "verdict": str(g.verdict), **lengths})
+        del rows[-1]["trace"]
     _write(path, rows, _GRADED)
 
 
-def read_graded(path: Path) -> list[Graded]:
-    """Read what `write_graded` wrote."""
+def read_graded(path: Path, ids: bool = True) -> list[Graded]:
+    """Read what `write_graded` wrote; without `ids` these stay in the file, and are `Unread`."""
     out = []
-    for row in _read(path):
+    left = {name for name, _ in _LENGTHS} if ids else {"prompt_ids", "generated_ids"}
+    for row in pq.read_table(path, columns=[name for name in _GRADED.names if name not in left]).to_pylist():
         own = {name: row.pop(name) for name, _ in _VERDICT}
-        out.append(Graded(_trace(row), **{**own, "verdict": Verdict(own["verdict"])}))
+        if ids:
+            trace = _trace(row)
+        else:
+            prompt, generated = (cast("tuple[int, ...]", Unread(row.pop(name))) for name, _ in _LENGTHS)
+            trace = Trace(prompt_ids=prompt, generated_ids=generated, **row)
+        out.append(Graded(trace, **{**own, "verdict": Verdict(own["verdict"])}))
     return out
+
+
+def with_ids(drawn: CalibrationSet, path: Path) -> CalibrationSet:
+    """What was drawn of traces that were read without their ids, with these, from what `write_graded` wrote."""
+    table = pq.read_table(path, columns=["problem_id", "attempt", "prompt_ids", "generated_ids"])
+    names = zip(table["problem_id"].to_pylist(), table["attempt"].to_pylist(), strict=True)
+    at = {f"{problem}#{attempt}": i for i, (problem, attempt) in enumerate(names)}
+
+    def read(rows: tuple[Row, ...]) -> tuple[Row, ...]:
+        found = table.take(pa.array([at[row.id] for row in rows], pa.int64())).to_pylist()
+        ids = [(*one["prompt_ids"], *one["generated_ids"]) for one in found]
+        return tuple(replace(row, ids=own[: len(row)]) for row, own in zip(rows, ids, strict=True))
+
+    return replace(drawn, rows=read(drawn.rows), held_out=read(drawn.held_out))
 
 
 def write_outcomes(path: Path, outcomes: Sequence[Outcome]) -> None:

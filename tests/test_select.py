@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import random
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
 
+from ssgr import tables
 from ssgr.bins import Bins
+from ssgr.calib import Material
+from ssgr.calib.traces import OwnTraces
 from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
-from ssgr.records import Graded, Row, Trace, Verdict
+from ssgr.records import CalibrationSet, Graded, Row, Trace, Unread, Verdict
 from ssgr.scope import Scope, streams
 from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, left_over, match
+from ssgr.stages import select
+from tests.conftest import TINY
 
 ANY = Difficulty("any", 0, 1, True, True)
 HARD = Difficulty("hard", 0.5, 1, False, False)
@@ -135,6 +143,28 @@ def test_funnel_counts_every_filter() -> None:
 def test_rows_are_prompt_and_generated_ids_as_they_came() -> None:
     row = eligible([graded("a", 0, True, 4)], "right", Policy(ANY, EVERY)).rows[0]
     assert row.ids == (1, 2, 3, 0, 1, 2, 3) and row.prompt_tokens == 3
+
+
+@pytest.mark.parametrize("source", [OwnTraces("ssgr", 1, "right"), OwnTraces("matched", 1, "right", match=True)])
+@pytest.mark.parametrize("overlong", ["drop", "window"])
+def test_selection_reads_no_ids_but_of_what_it_drew(
+    source: OwnTraces, overlong: Literal["drop", "window"], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = tmp_path / "graded.parquet"
+    own = [replace(g, trace=replace(g.trace, prompt_ids=(1000 + i,))) for i, g in enumerate(pool())]
+    tables.write_graded(file, own)
+    policy = Policy(HARD, MEDIUM, "level", Bins("b", {"hard": HARD}, {"medium": MEDIUM}))
+    budget = Budget(tokens=300, max_row_tokens=45, overlong=overlong, held_out=0.2)
+
+    def selected(traces: list[Graded]) -> CalibrationSet:
+        material = Material(tokenizer, lambda question: (), [], traces, 500, 45, TINY.thinking)
+        return select.select(source, material, policy, budget)
+
+    whole, light = selected(tables.read_graded(file)), selected(tables.read_graded(file, ids=False))
+    assert all(isinstance(row.ids, Unread) for row in light.rows)
+    with pytest.raises(TypeError, match="not iterable"):
+        tuple(light.rows[0].ids)
+    assert tables.with_ids(light, file) == whole and whole.held_out
 
 
 def test_an_empty_selection_prints_its_funnel_and_the_nearest_setting() -> None:

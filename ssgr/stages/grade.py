@@ -11,7 +11,7 @@ from ssgr.progress import Progress
 from ssgr.records import Graded, Problem, Trace
 from ssgr.thinking import Thinking
 
-VERSION = 3
+VERSION = 4
 GRADED = "graded.parquet"
 _CHUNK = 2000  # answers between two marks of progress
 
