@@ -2,9 +2,10 @@
 
 A useful token is one of a response up to its own end; the prompts' forward passes are within the time. Every row has a
 length of its own, at which it ends whatever it says: 256 tokens in the equal case, log-normal with median 115 and at
-most 512 in the mixed one. A batch of `generate` runs until its longest row ends; ours gives the place to the next
-prompt. `generate` samples the first batch of the rows alone, vLLM all of them, in an environment of its own (--vllm).
-Memory is the peak of the process above what it held before.
+most 512 in the mixed one, where the logarithm deviates by 0.9, or by the number that is given as a case. A batch of
+`generate` runs until its longest row ends; ours gives the place to the next prompt. `generate` samples the first batch of
+the rows alone, vLLM all of them, in an environment of its own (--vllm). Memory is the peak of the process above what it
+held before.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def lengths(case: str, count: int) -> list[int]:
     """Tokens of each response."""
     if case == "equal":
         return [256] * count
-    rng = random.Random(0)
-    return [max(1, min(512, round(rng.lognormvariate(4.745, 0.9)))) for _ in range(count)]  # exp(4.745) = 115
+    rng, spread = random.Random(0), 0.9 if case == "mixed" else float(case)
+    return [max(1, min(512, round(rng.lognormvariate(4.745, spread)))) for _ in range(count)]  # exp(4.745) = 115
 
 
 def prompts(tokenizer: Any, data: Path, count: int) -> list[list[int]]:
@@ -115,7 +116,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "prune" / "smollm2-bfloat16")
     parser.add_argument("--tiny", action="store_true", help="the model that ships with the project")
-    parser.add_argument("--cases", type=lambda s: s.split(","), default=["equal", "mixed"])
+    parser.add_argument(
+        "--cases",
+        type=lambda s: s.split(","),
+        default=["equal", "mixed"],
+        help="equal, mixed, or spreads such as 0,0.5",
+    )
     parser.add_argument("--rows", type=int, default=64, help="of the equal case; the mixed one has twice as many")
     parser.add_argument(
         "--batches", type=lambda s: [int(n) for n in s.split(",")], default=[64], help="such as 1,16,64"
