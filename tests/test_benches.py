@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ssgr.problems.table import Columns, HubProblems
+from ssgr.problems.table import Columns, HubProblems, Together
 from ssgr.stages.evaluate import Bench
 from tests.conftest import SHARED
 
@@ -22,6 +22,7 @@ ROWS: dict[str, tuple[dict[str, Any], str]] = {  # a row as the dataset has it, 
     "math500": ({"problem": "Find $x$.", "answer": "\\frac{1}{2}", "level": 3, "unique_id": "test/a/1.json"}, "\\frac{1}{2}"),
     "aime24": ({"id": 60, "problem": "Find $n$.", "answer": "204"}, "204"),
     "aime25": ({"id": "0", "problem": "Find $n$.", "answer": "70"}, "70"),
+    "aime120": ({"id": 0, "problem": "Find $n$.", "answer": "116"}, "116"),
     "amc23": ({"id": 0, "question": "Find $n$.", "answer": 27.0}, "27.0"),
     "minerva_math": ({"question": "How far?", "answer": "1.6"}, "1.6"),
     "olympiadbench": ({"question": "Find $n$.", "final_answer": ["$2$", "$3$"]}, "$2$, $3$"),
@@ -74,6 +75,30 @@ def test_each_reads_a_file_with_its_columns(name: str, suffix: str, tmp_path: Pa
     assert "\\boxed{}" in problem.question and problem.question.startswith(str(row.get("question", ""))[:5])
     right = made.grader.grade([(problem.answer, f"<think>hm</think>\\boxed{{{problem.answer}}}")])[0]
     assert right.verdict == "right", right
+
+
+def test_datasets_are_one_benchmark_together(tmp_path: Path) -> None:
+    parts = {}
+    for name, count in (("a", 2), ("b", 1)):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(json.dumps({"problem": f"{name}{i}?", "answer": i, "id": i}) for i in range(count)))
+        parts[name] = HubProblems(name, Columns(answer="answer", id="id"), file=str(file))
+    assert [(p.id, p.question) for p in Together(parts).read("test")] == [
+        ("a/0", "a0?"),
+        ("a/1", "a1?"),
+        ("b/0", "b0?"),
+    ]
+    assert len(Together(parts, limit=2).read("test")) == 2
+    grader = bench("aime120").grader
+    assert grader is not None
+    assert [g.verdict for g in grader.grade([("077", "\\boxed{77}"), ("077", "\\boxed{7}")])] == ["right", "wrong"]
+
+
+def test_every_dataset_of_the_hub_is_pinned() -> None:
+    for name in ROWS:
+        problems = bench(name).problems
+        for one in problems.parts.values() if isinstance(problems, Together) else [problems]:
+            assert isinstance(one, HubProblems) and len(one.revision or "") == 40, name
 
 
 def test_options_are_shuffled_by_seed_and_problem() -> None:

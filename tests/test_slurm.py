@@ -215,7 +215,7 @@ LONG = (  # stages that last long enough to be hit in the middle
     "calib=self",
     "pruner=wanda",
     "problems.calibration=96",
-    "problems.test=128",
+    "problems.test=96",
     "sampler.engine.batch_size=16",
     "bench.engine.batch_size=4",
     "budget.tokens=20000",
@@ -315,7 +315,7 @@ def test_preempted_jobs_go_on(tmp_path: Path) -> None:
     assert "this job is preempted" in logs(grid)
 
 
-@pytest.mark.xdist_group("faults")
+@pytest.mark.xdist_group("others")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
     """A job is told before its time is up, puts itself back in the queue and goes on."""
     grid = Grid(tmp_path, *LONG, "problems.calibration=1000")
@@ -333,7 +333,7 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
     assert kept and began(grid, "sample", kept), (kept, logs(grid))
 
 
-@pytest.mark.xdist_group("grid")
+@pytest.mark.xdist_group("others")
 def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
     """At the same moment, into one store."""
     one = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.3,0.5", sweep="one")
@@ -350,7 +350,7 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
     assert made == Counter(one.sweep.graph.stages.keys() | other.sweep.graph.stages.keys())
 
 
-@pytest.mark.xdist_group("grid")
+@pytest.mark.xdist_group("others")
 def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> None:
     """Statistics of the dense model and the prune that reads them are each made by a task on either node."""
     cell = ("calib=corpus", "pruner=sparsegpt", "propagate=dense")

@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -210,3 +210,26 @@ class HubProblems:
                 f"loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
             ) from error
         return checked(problems, f"problems.path={self.path}, split {part},")
+
+
+@dataclass(frozen=True)
+class Together:
+    """The test problems of several datasets as one benchmark; the name of each comes before its ids.
+
+    `file` stands for all of them: a JSONL, Parquet or CSV file with the columns of the first.
+    """
+
+    parts: Mapping[str, HubProblems]
+    file: str | None = None
+    limit: int | None = None
+
+    def read(self, split: Split) -> list[Problem]:
+        """Their problems, one dataset after the other.
+
+        Raises:
+            ValueError: one cannot be loaded, or a row lacks a question or an answer.
+        """
+        if self.file:
+            return replace(next(iter(self.parts.values())), file=self.file, limit=self.limit).read(split)
+        read = [replace(one, id=f"{name}/{one.id}") for name, part in self.parts.items() for one in part.read(split)]
+        return checked(read[: self.limit], f"problems.parts={','.join(self.parts)}")
