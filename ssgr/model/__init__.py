@@ -43,6 +43,7 @@ class Model:
     )  # the stages that look at it are keyed by it
     trust_remote_code: bool = False
     max_new_tokens: int = field(default=32768, metadata={"key": False})  # what sampler and bench take by default
+    batch_size: int = field(default=64, metadata={"key": False})  # likewise
     calibration_tokens: int = field(default=262144, metadata={"key": False})  # likewise the budget
     max_row_tokens: int = field(default=34816, metadata={"key": False})  # likewise its longest row
     device: str = field(default="auto", metadata={"key": False})
