@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from conftest import ROOT, SMALL
@@ -20,6 +20,7 @@ from ssgr import status
 from ssgr.queue import Records, Submitted
 from ssgr.store import Store
 from ssgr.sweep import Sweep, read
+from tests.started import Started
 
 pytestmark = pytest.mark.slurm
 LIMIT = 420  # seconds that a grid may take before its test fails
@@ -38,12 +39,13 @@ def slurm(*command: str) -> str:
 
 
 @pytest.fixture(autouse=True)
-def cluster(tmp_path: Path) -> Iterator[None]:
+def cluster(tmp_path: Path, started: Started, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A cluster that answers; no job of the test is left in its queue."""
     if shutil.which("sbatch") is None:
         pytest.skip("there is no sbatch on the path, so no SLURM cluster to submit to")
     if subprocess.run(["sinfo"], capture_output=True, timeout=60, check=False).returncode:
         pytest.skip("sbatch is on the path, but its cluster does not answer sinfo")
+    monkeypatch.setattr(Grid, "started", started, raising=False)
     yield
     if left := {job.job for job in Records(tmp_path / "store").live().values()}:
         subprocess.run(["scancel", *left], check=False)
@@ -51,6 +53,8 @@ def cluster(tmp_path: Path) -> Iterator[None]:
 
 class Grid:
     """A grid in a folder of its own: its command, its store, its sweep."""
+
+    started: ClassVar[Started]  # what commands are forked from
 
     def __init__(self, folder: Path, *overrides: str, sweep: str = "sweep") -> None:
         self.folder, self.path = folder, folder / sweep
@@ -64,7 +68,15 @@ class Grid:
 
     def submit(self, *more: str, code: int = 0) -> str:
         """Give the command and return what it printed."""
-        done = subprocess.run(self.command(*more), capture_output=True, text=True, timeout=LIMIT, env=ENV, check=False)
+        return self.run(self.command(*more), code)
+
+    def in_one(self) -> None:
+        """Make the grid in one process."""
+        self.run(self.command(launcher=()), 0)
+
+    def run(self, command: list[str], code: int) -> str:
+        """What a command prints, which is forked from a process that has its imports done."""
+        done = self.started.run(command[2:], ROOT, COLUMNS=ENV["COLUMNS"])
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
 
@@ -192,15 +204,7 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     assert {key for _, key in manifests(grid.store.root)} == set(stages)
 
     alone = Grid(tmp_path / "alone", *GRID)
-    done = subprocess.run(
-        alone.command(launcher=()),
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-        env=ENV,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    alone.in_one()
     assert manifests(alone.store.root) == manifests(grid.store.root)
     for number in grid.sweep.overrides:
         ours, theirs = (json.loads((one.path / str(number) / "result.json").read_text()) for one in (grid, alone))
@@ -356,8 +360,7 @@ def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> Non
     cell = ("calib=corpus", "pruner=sparsegpt", "propagate=dense")
     grid, alone = Grid(tmp_path, *cell), Grid(tmp_path / "alone", *cell)
     grid.submit(*(f"+hydra.launcher.resources.{kind}.nodes=2" for kind in ("collect", "prune")))
-    alone_done = subprocess.run(alone.command(launcher=()), capture_output=True, text=True, env=ENV, check=False)
-    assert alone_done.returncode == 0, alone_done.stderr
+    alone.in_one()
     grid.wait()
     assert grid.complete(), grid.incomplete()
     for name in ("collect", "prune"):
