@@ -25,9 +25,9 @@ test: .venv/installed
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-# On the SLURM cluster whose sbatch is on the path; without one they skip. They mostly wait for it, so there are three workers.
+# On the SLURM cluster whose sbatch is on the path; without one they skip.
 test-slurm: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadgroup --durations=0 --durations-min=20 -m "slurm and not slow" tests/test_slurm.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup --durations=0 --durations-min=20 -m "slurm and not slow" tests/test_slurm.py
 
 # vLLM cannot share an environment with the newest transformers, so its engine is tested in one of its own.
 test-vllm: build/vllm/installed

@@ -132,7 +132,9 @@ def engine(
         with running(Server(model, tokenizer)) as url:
             yield lambda *asked: ServerSampler(url, concurrency=3)
     elif request.param == "vllm":
-        yield lambda *asked: VllmSampler(batch_size=7)
+        yield lambda *asked: VllmSampler(
+            batch_size=7, options={"enforce_eager": True}
+        )  # compiles nothing: starts sooner
     else:
 
         def replay(asked: list[Request], decoding: Decoding) -> Sampler:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.measure import Measure
 from ssgr.measure.perplexity import Perplexity
-from ssgr.measure.tasks import LmEvalTask
+from ssgr.measure.tasks import LmEvalTask, known
 from ssgr.records import Item, Trace
 from ssgr.report import table
 from ssgr.report.cells import find
@@ -79,7 +79,11 @@ def test_bad_perplexities_are_refused(how: dict[str, Any], said: str) -> None:
         Perplexity("x", **how)
 
 
-def test_texts_that_do_not_serve_are_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_texts_that_do_not_serve_are_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)  # the hub is not asked five times
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(ValueError, match=r"less than a window; type bench.window=\d+ or less"):
         Perplexity("x", str(tmp_path / "short.txt")).measure(TINY, tokenizer, ())
@@ -95,14 +99,11 @@ def test_texts_that_do_not_serve_are_refused(tmp_path: Path, tokenizer: PreTrain
 def test_a_task_is_what_the_library_says(sums: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     measure = LmEvalTask("sums", "sums", "acc", folder=str(sums), batch_size=4)
     items = measure.measure(TINY, tokenizer, ())
     model = HFLM(pretrained=TINY.load(), tokenizer=tokenizer, batch_size=1)
-    want = lm_eval.simple_evaluate(
-        model, tasks=["sums"], task_manager=TaskManager(include_path=str(sums)), bootstrap_iters=0
-    )
+    want = lm_eval.simple_evaluate(model, tasks=["sums"], task_manager=known(str(sums)), bootstrap_iters=0)
     assert len(items) == 24
     found = reading(measure, items, 1.0)
     assert found.value == pytest.approx(want["results"]["sums"]["acc,none"]) and found.metric == "acc"

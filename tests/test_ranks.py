@@ -181,6 +181,7 @@ def test_an_error_on_one_host_ends_both(tmp_path: Path) -> None:
     assert leader and other and said == "OSError: [Errno 28] No space left on device: 'a/file'"
 
 
+@pytest.mark.slow
 def test_infinite_weights_are_told_as_by_one_process(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.inf

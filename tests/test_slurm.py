@@ -200,7 +200,9 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     assert made == Counter(stages.keys())  # nothing was submitted twice
     assert all(len(one.tasks) <= 5 for one in grid.records)
     jobs = [one.id(i) for one in grid.records for i in range(len(one.tasks))]
-    until(lambda: all(accounted(jobs).get(job) == ["COMPLETED"] for job in jobs), 30)
+    until(lambda: all(accounted(jobs).get(job, [""])[-1] == "COMPLETED" for job in jobs), 60)  # it lags
+    again = {job: states for job, states in accounted(jobs).items() if job in jobs and len(states) > 1}
+    assert not again, again
     assert {key for _, key in manifests(grid.store.root)} == set(stages)
 
     alone = Grid(tmp_path / "alone", *GRID)
@@ -319,7 +321,7 @@ def test_preempted_jobs_go_on(tmp_path: Path) -> None:
     assert "this job is preempted" in logs(grid)
 
 
-@pytest.mark.xdist_group("others")
+@pytest.mark.xdist_group("faults")
 def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> None:
     """A job is told before its time is up, puts itself back in the queue and goes on."""
     grid = Grid(tmp_path, *LONG, "problems.calibration=1000")
@@ -337,7 +339,7 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
     assert kept and began(grid, "sample", kept), (kept, logs(grid))
 
 
-@pytest.mark.xdist_group("others")
+@pytest.mark.xdist_group("grid")
 def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
     """At the same moment, into one store."""
     one = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.3,0.5", sweep="one")
@@ -354,7 +356,8 @@ def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path)
     assert made == Counter(one.sweep.graph.stages.keys() | other.sweep.graph.stages.keys())
 
 
-@pytest.mark.xdist_group("others")
+@pytest.mark.slow
+@pytest.mark.xdist_group("grid")
 def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> None:
     """Statistics of the dense model and the prune that reads them are each made by a task on either node."""
     cell = ("calib=corpus", "pruner=sparsegpt", "propagate=dense")

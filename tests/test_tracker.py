@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import pytest
-from filelock import FileLock
 
 from ssgr import assemble, pipeline, sweep, tables, tracker
 from ssgr.records import RunResult, to_json
@@ -32,6 +31,7 @@ from tests.conftest import ROOT, SMALL
 from tests.test_configs import build
 from tests.wandb_server import Server, serve
 
+pytestmark = pytest.mark.xdist_group("tracker")  # its sweep is made once
 API_KEY = "0123456789abcdef" * 2 + "01234567"  # made up
 
 
@@ -52,19 +52,15 @@ def command(
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """A sweep that was tracked offline, in `one`; and again through another launcher, in `two`. All workers share it."""
-    base = tmp_path_factory.getbasetemp()
-    place = (base if worker_id == "master" else base.parent) / "tracked"
-    with FileLock(f"{place}.lock"):
-        if not place.exists():
-            place.mkdir()
-            for name, launcher in (("one", "basic"), ("two", "local")):
-                done = command(place, name, f"hydra/launcher={launcher}", "tracker=wandb")
-                assert done.returncode == 0, done.stderr
-                told = done.stdout + done.stderr
-                assert "difference to dense" in done.stdout and "not tracked" not in told
-                assert "\nwandb:" not in told, "the library is silent"
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep that was tracked offline, in `one`; and again through another launcher, in `two`."""
+    place = tmp_path_factory.mktemp("tracked")
+    for name, launcher in (("one", "basic"), ("two", "local")):
+        done = command(place, name, f"hydra/launcher={launcher}", "tracker=wandb")
+        assert done.returncode == 0, done.stderr
+        told = done.stdout + done.stderr
+        assert "difference to dense" in done.stdout and "not tracked" not in told
+        assert "\nwandb:" not in told, "the library is silent"
     return place
 
 

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.loadable import Loadable
 from ssgr.records import Item, Trace
+
+
+@cache
+def known(folder: str | None) -> Any:
+    """The library's index of its tasks and of those in `folder`, thousands of files that are read once."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=folder)
 
 
 @dataclass(frozen=True)
@@ -40,12 +49,11 @@ class LmEvalTask:
         try:
             import lm_eval
             from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ValueError(
                 f"bench={self.name} needs lm-evaluation-harness ({error}): type pip install 'ssgr[lm_eval]'"
             ) from error
-        manager = TaskManager(include_path=self.folder)
+        manager = known(self.folder)
         if self.task not in manager.all_tasks:
             near = [name for name in manager.all_tasks if name.startswith(self.task[:4])][:5]
             raise ValueError(
