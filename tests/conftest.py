@@ -40,6 +40,16 @@ SMALL = (  # a cell that takes seconds
 )
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of a group share what they may not do at the same time, so a pytest-xdist that does not keep groups is refused."""
+    grouped = [item for item in items if item.get_closest_marker("xdist_group")]
+    if getattr(config.option, "loadgroup", False) and any("@" not in item.nodeid for item in grouped):
+        raise pytest.UsageError(
+            "pytest-xdist does not keep groups with this pytest: type pip install -c constraints.txt pytest"
+        )
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
     """The tokenizer of the tiny model."""
