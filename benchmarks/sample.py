@@ -35,6 +35,15 @@ TINY = ROOT / "ssgr" / "model" / "tiny" / "weights"
 TEMPERATURE, TOP_P = 0.6, 0.95
 
 
+def cases(text: str) -> list[str]:
+    """Names of cases; a spread must be a number."""
+    found = text.split(",")
+    for case in found:
+        if case not in ("equal", "mixed"):
+            float(case)
+    return found
+
+
 def lengths(case: str, count: int) -> list[int]:
     """Tokens of each response."""
     if case == "equal":
@@ -117,10 +126,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "prune" / "smollm2-bfloat16")
     parser.add_argument("--tiny", action="store_true", help="the model that ships with the project")
     parser.add_argument(
-        "--cases",
-        type=lambda s: s.split(","),
-        default=["equal", "mixed"],
-        help="equal, mixed, or spreads such as 0,0.5",
+        "--cases", type=cases, default=["equal", "mixed"], help="equal, mixed, or spreads such as 0,0.5"
     )
     parser.add_argument("--rows", type=int, default=64, help="of the equal case; the mixed one has twice as many")
     parser.add_argument(

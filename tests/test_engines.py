@@ -132,9 +132,8 @@ def engine(
         with running(Server(model, tokenizer)) as url:
             yield lambda *asked: ServerSampler(url, concurrency=3)
     elif request.param == "vllm":
-        yield lambda *asked: VllmSampler(
-            batch_size=7, options={"enforce_eager": True}
-        )  # compiles nothing: starts sooner
+        options = {"enforce_eager": True}  # compiles nothing, so it starts sooner
+        yield lambda *asked: VllmSampler(batch_size=7, options=options)
     else:
 
         def replay(asked: list[Request], decoding: Decoding) -> Sampler:
