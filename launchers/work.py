@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
@@ -35,6 +36,7 @@ class Work:
             ValueError: one cannot be made; the message is kept in the store too.
         """
         _quieten(self.cpus)
+        _quieten_libraries(self.cpus)
         import json
 
         from omegaconf import OmegaConf
@@ -95,15 +97,17 @@ def _quieten(cpus: int) -> None:
     """As many threads as the job has CPUs: two jobs that take all of a node's slow each other hundredfold."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.update(dict.fromkeys(THREADS, str(cpus)))
-    import logging
+    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
+    for noisy in ("httpx", "submitit"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
+
+def _quieten_libraries(cpus: int) -> None:
+    """The same of those that take seconds to load; a report needs neither."""
     import torch
     import transformers
 
     torch.set_num_threads(cpus)
-    logging.basicConfig(level=logging.INFO, format="[%(levelname)s] %(message)s")
-    for noisy in ("httpx", "submitit"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
 

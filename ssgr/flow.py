@@ -32,6 +32,7 @@ from ssgr.records import (
 from ssgr.results import read_score, versions
 from ssgr.sampler import Decoding, Sampler
 from ssgr.stages import card, evaluate, grade, prune, sample, select, statistics
+from ssgr.stages.pruned import CHECKPOINT, RESULT
 from ssgr.stages.solve import Method
 from ssgr.store import Artefact, Store
 
@@ -249,9 +250,9 @@ class Flow:
             dense = collected.path if collected else None
             how = (x.memory, work, x.passing, dense)
             result = prune.prune(x.model, self.tokenizer, calibration, method, *how)
-            (work / prune.RESULT).write_text(json.dumps(to_json(result), indent=1))
+            (work / RESULT).write_text(json.dumps(to_json(result), indent=1))
             own = {**inputs, "prune": keys.key("prune", prune.VERSION, config, inputs)}
-            self._write_card(work / prune.CHECKPOINT, result, config, None if blind else _calibration(chosen), own)
+            self._write_card(work / CHECKPOINT, result, config, None if blind else _calibration(chosen), own)
             prune.finish(work)
 
         return self._stage("prune", "prune", prune.VERSION, config, inputs, make)
@@ -324,7 +325,7 @@ class Flow:
     def _at(self, pruned: Artefact | None) -> Model:
         """The dense model, or the pruned one."""
         model = self.x.model
-        return model if pruned is None else dataclasses.replace(model, path=str(pruned.path / prune.CHECKPOINT))
+        return model if pruned is None else dataclasses.replace(model, path=str(pruned.path / CHECKPOINT))
 
 
 def _calibration(chosen: Artefact) -> CalibrationSet:

@@ -149,3 +149,10 @@ def test_a_mistyped_command_is_told_before_torch_is_loaded(command: list[str]) -
     assert done.returncode == 1 and command[-1].split("=")[0] in done.stdout + done.stderr
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "ssgr" in imported and not imported & {"torch", "transformers"}
+
+
+def test_a_report_loads_no_torch() -> None:
+    """Its job reads small files: seconds of imports would be most of it."""
+    look = "import sys, launchers.work, ssgr.assemble; sys.exit(str({'torch', 'transformers'} & {*sys.modules} or ''))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert not done.stderr.strip(), done.stderr

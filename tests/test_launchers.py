@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import ROOT, Run
+from conftest import ROOT, SMALL, Run
 
 from ssgr import status
 from ssgr.graph import Graph, Planned
@@ -32,8 +32,11 @@ def command(run: Run, *overrides: str, code: int = 0, **how: Any) -> str:
 
 def test_a_grid_in_processes_equals_the_grid_in_one(run: Run, tmp_path: Path) -> None:
     """Parts included; a cell whose selection is empty fails alone; a second command does nothing."""
-    grid = ("calib=self,corpus", "pruner=magnitude", "budget.max_row_tokens=8,512")
-    said = command(run, *LOCAL, "hydra.launcher.parts=2", *grid, code=1)
+    text = ("bench=perplexity", "bench.text=prose", "bench.window=64", "bench.windows=32")
+    small = [setting for setting in SMALL if not setting.startswith("bench.")]
+    shared, same = (*text, *small, "pruner=magnitude"), "budget.max_row_tokens=512"
+    parts = (*LOCAL, "hydra.launcher.parts=2", "hydra.launcher.fold.evaluate=prune", *shared)
+    said = command(run, *parts, "calib=self,corpus", "budget.max_row_tokens=8,512", small=False, code=1)
     assert "1 of 4 cells failed" in said and "select failed: " in said, said
     sweep = read(tmp_path / "sweep")
     assert sweep is not None
@@ -41,25 +44,24 @@ def test_a_grid_in_processes_equals_the_grid_in_one(run: Run, tmp_path: Path) ->
     found = status.states(sweep, store, {})
     kinds = Counter((stage.kind, found[stage.key].state) for stage in sweep.graph.stages.values())
     assert kinds["select", "failed"] == 1 and kinds["prune", "done"] == 1
-    assert kinds["sample", "done"] == 6 and kinds["gather", "done"] == 3
-    same = ("pruner=magnitude", "budget.max_row_tokens=512")
-    again = command(run, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
+    assert kinds["sample", "done"] == 2 and kinds["gather", "done"] == 1
+    again = command(run, *parts, same, "calib=self,corpus", small=False)
     assert "; 0 jobs," in again, again
-    changed = command(run, *LOCAL, "hydra.launcher.parts=2", "calib=corpus", *same)  # now cell 0 is another
+    changed = command(run, *parts, same, "calib=corpus", small=False)  # now cell 0 is another
     assert "; 0 jobs," in changed, changed
     found_ = json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())
     assert found_["config"]["calib"]["name"] == "corpus"
-    assert "; 0 jobs," in command(run, *LOCAL, "hydra.launcher.parts=2", "calib=self,corpus", *same)
+    assert "; 0 jobs," in command(run, *parts, same, "calib=self,corpus", small=False)
     other = (f"store.path={tmp_path / 'alone' / 'store'}", f"hydra.sweep.dir={tmp_path / 'alone' / 'sweep'}")
-    alone = command(run, "-m", "calib=self,corpus", *same, *other)
+    alone = command(run, "-m", same, "calib=self,corpus", *shared, *other, small=False)
     for number in ("0", "1"):
         ours, theirs = (
             json.loads((folder / "sweep" / number / "result.json").read_text())
             for folder in (tmp_path, tmp_path / "alone")
         )
-        assert ours["scores"]["held_out"]["pruned"]["accuracy"] == theirs["scores"]["held_out"]["pruned"]["accuracy"], (
-            alone
-        )
+        for which in ("dense", "pruned"):
+            own, one = (result["scores"]["perplexity"][which]["value"] for result in (ours, theirs))
+            assert own == one, alone
         assert set(theirs["keys"].items()) <= set(ours["keys"].items())
 
 

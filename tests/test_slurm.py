@@ -23,7 +23,7 @@ from ssgr.sweep import Sweep, read
 from tests.started import Started
 
 pytestmark = pytest.mark.slurm
-LIMIT = 420  # seconds that a grid may take before its test fails
+LIMIT = 900  # seconds that a grid may take before its test fails
 SITE = (  # what a job of the shipped model needs
     "hydra/launcher=slurm",
     "hydra.launcher.resources.default.cpus_per_task=1",
@@ -172,6 +172,7 @@ def manifests(store: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+TOGETHER = "+hydra.launcher.fold.sample=prune"  # a pruned model is sampled in the job that made it: half as many jobs
 GRID = ("calib=corpus,self", "scope=both,response", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.4,0.5")
 
 
@@ -179,17 +180,17 @@ GRID = ("calib=corpus,self", "scope=both,response", "pruner=wanda,magnitude", "s
 def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp_path: Path) -> None:
     """Arrays of at most 5; the driver is killed once some jobs are in the queue, and what it left is joined."""
     grid = Grid(tmp_path, *GRID)
-    limit = "hydra.launcher.max_array=5"
+    limit = ("hydra.launcher.max_array=5", TOGETHER)
     with open(tmp_path / "driver.log", "w") as log:
-        driver = subprocess.Popen(grid.command(limit), stdout=log, stderr=log, env=ENV)
+        driver = subprocess.Popen(grid.command(*limit), stdout=log, stderr=log, env=ENV)
     until(lambda: driver.poll() is not None or sum(one.job is not None for one in grid.records) >= 3)
     driver.kill()
     driver.wait()
     before = len(grid.records)
-    said = grid.submit(limit)
+    said = grid.submit(*limit)
     assert "stages are made by jobs that were there before" in said or "nothing was left" in said, said
     assert before >= 3
-    assert "nothing was left to submit" in grid.submit(limit)
+    assert "nothing was left to submit" in grid.submit(*limit)
     grid.wait()
     assert all(one.state == "done" for one in grid.states().values())
     assert grid.complete(), grid.incomplete()
@@ -342,8 +343,9 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
 @pytest.mark.xdist_group("grid")
 def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
     """At the same moment, into one store."""
-    one = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.3,0.5", sweep="one")
-    other = Grid(tmp_path, "calib=corpus", "pruner=wanda", "sparsity.ratio=0.5,0.6", sweep="other")
+    same = (TOGETHER, "calib=corpus", "pruner=wanda")
+    one = Grid(tmp_path, *same, "sparsity.ratio=0.3,0.5", sweep="one")
+    other = Grid(tmp_path, *same, "sparsity.ratio=0.5,0.6", sweep="other")
     drivers = [
         subprocess.Popen(grid.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENV)
         for grid in (one, other)
@@ -377,7 +379,7 @@ def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> Non
 @pytest.mark.xdist_group("faults")
 def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
     """Two that cannot be planned, and one whose selection is empty when it is made."""
-    grid = Grid(tmp_path, "pruner=wanda", "calib=corpus,ssgr", "sparsity.ratio=0.5,1.5")
+    grid = Grid(tmp_path, TOGETHER, "pruner=wanda", "calib=corpus,ssgr", "sparsity.ratio=0.5,1.5")
     said = grid.submit("hydra.launcher.wait=true", code=1)
     assert "3 of 4 cells failed" in said and "select failed: " in said and "ratio=1.5" in said, said
     assert [n for n in range(4) if (grid.path / str(n) / "result.json").exists()] == [0]

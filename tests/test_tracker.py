@@ -28,6 +28,7 @@ from ssgr.tracker.tensorboard import TensorBoard
 from ssgr.tracker.wandb import Wandb
 from tests import wandb_files
 from tests.conftest import ROOT, SMALL
+from tests.started import Started
 from tests.test_configs import build
 from tests.wandb_server import Server, serve
 
@@ -36,27 +37,20 @@ API_KEY = "0123456789abcdef" * 2 + "01234567"  # made up
 
 
 def command(
-    place: Path, name: str, *overrides: str, calib: str = "self,corpus", **environment: str
+    started: Started, place: Path, name: str, *overrides: str, calib: str = "self,corpus", **environment: str
 ) -> subprocess.CompletedProcess[str]:
     """A sweep of `calib` in `place`/`name`, with the store of `place`."""
     places = (f"store.path={place / 'store'}", f"hydra.sweep.dir={place / name}")
-    return subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "-m", f"calib={calib}", *overrides, *SMALL, *places],
-        capture_output=True,
-        text=True,
-        cwd=place,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "WANDB_API_KEY": API_KEY, "HOME": str(place / "home"), **environment},
-        timeout=200,
-        check=False,
-    )
+    own = {"WANDB_API_KEY": API_KEY, "HOME": str(place / "home"), **environment}
+    return started.run(["-m", f"calib={calib}", *overrides, *SMALL, *places], place, **own)
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory, started: Started) -> Path:
     """A sweep that was tracked offline, in `one`; and again through another launcher, in `two`."""
     place = tmp_path_factory.mktemp("tracked")
     for name, launcher in (("one", "basic"), ("two", "local")):
-        done = command(place, name, f"hydra/launcher={launcher}", "tracker=wandb")
+        done = command(started, place, name, f"hydra/launcher={launcher}", "tracker=wandb")
         assert done.returncode == 0, done.stderr
         told = done.stdout + done.stderr
         assert "difference to dense" in done.stdout and "not tracked" not in told
@@ -315,11 +309,11 @@ def closed_port() -> int:
         return int(one.getsockname()[1])
 
 
-def test_a_run_whose_tracker_cannot_reach_anybody_is_whole(place: Path) -> None:
+def test_a_run_whose_tracker_cannot_reach_anybody_is_whole(place: Path, started: Started) -> None:
     """mode=online and a server that refuses: one warning, and the table and the result are there."""
     url = f"http://127.0.0.1:{closed_port()}"
     options = ("tracker=wandb", "tracker.mode=online", "tracker.timeout=4")
-    done = command(place, "online", *options, calib="self", WANDB_BASE_URL=url)
+    done = command(started, place, "online", *options, calib="self", WANDB_BASE_URL=url)
     assert done.returncode == 0, done.stderr
     told = done.stdout + done.stderr
     assert "difference to dense" in done.stdout and "Traceback" not in told and API_KEY not in told

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from ssgr.records import Graded, Problem
 from ssgr.select import Candidates, Policy
 from ssgr.thinking import Thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
 Needs = Literal["nothing", "problems", "traces"]
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ssgr.loadable import Loadable
 from ssgr.records import Item, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
 
 class Measure(Protocol):

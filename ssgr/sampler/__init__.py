@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
 
 @dataclass(frozen=True)

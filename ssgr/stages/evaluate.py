@@ -6,11 +6,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
 from ssgr.grader import Grader
 from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
@@ -18,6 +17,9 @@ from ssgr.measure import Measure
 from ssgr.problems import Problems
 from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict, shown
 from ssgr.sampler import Decoding, Sampler
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
 VERSION = 3
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"

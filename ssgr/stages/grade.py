@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING
 
 from ssgr.grader import Grade, Grader
 from ssgr.progress import Progress
 from ssgr.records import Graded, Problem, Trace
 from ssgr.thinking import Thinking
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
 VERSION = 4
 GRADED = "graded.parquet"

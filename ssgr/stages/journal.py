@@ -12,6 +12,7 @@ from ssgr import files
 from ssgr.model.blocks import Matrix
 from ssgr.model.checkpoint import Checkpoint, Replica
 from ssgr.records import LayerResult, to_json
+from ssgr.stages import pruned
 from ssgr.stages.walk import Walk
 
 _DONE, _RATIOS = "blocks.json", "ratios.json"
@@ -45,7 +46,7 @@ class Journal:
         found = json.loads(file.read_text())
         if found["source"] != self.source:
             raise changed(self.walk, self.work)
-        return [[layer(one) for one in layers] for layers in found["blocks"]]
+        return [[pruned.layer(one) for one in layers] for layers in found["blocks"]]
 
     def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The share of zeros of every matrix, made once."""
@@ -89,11 +90,6 @@ class Journal:
         if self.walk.ranks.rank == 0:
             inside = {stored for i in range(len(self.walk)) for stored in self.walk.stored(i)}
             self.replica.copy(set(self.walk.source.places) - inside)
-
-
-def layer(found: dict[str, object]) -> LayerResult:
-    """A layer's result from JSON."""
-    return LayerResult(**{**found, "shape": tuple(found["shape"])})  # type: ignore[arg-type]
 
 
 def written(folder: Path) -> int:

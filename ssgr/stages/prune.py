@@ -5,7 +5,6 @@ One block at a time has weights: they come from the source's shards and go into 
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -24,10 +23,11 @@ from ssgr.progress import Progress
 from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
-from ssgr.stages import activations, allocate, heap, journal, ranks
+from ssgr.stages import activations, allocate, heap, journal, pruned, ranks
 from ssgr.stages.activations import Batch, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, plan
+from ssgr.stages.pruned import CHECKPOINT, RESULT
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.solve import Method, Solver
 from ssgr.stages.statistics import Heard, Statistics
@@ -36,7 +36,6 @@ from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
 VERSION = 3
-CHECKPOINT, RESULT = "checkpoint", "prune.json"
 _log = logging.getLogger("ssgr")
 
 
@@ -87,7 +86,7 @@ def prune(
     given = (model, tokenizer, calibration, method, memory, work, passing, statistics)
     with activations.removed(work, memory.leads):
         ranks.run(count, work, device.type, _prune, *given, crew=memory.crew)
-    return read(work / RESULT)
+    return pruned.read(work / RESULT)
 
 
 @torch.no_grad()
@@ -205,12 +204,6 @@ def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
 def finish(work: Path) -> None:
     """Remove the journal, once the result has been written."""
     journal.clear(work)
-
-
-def read(file: Path) -> PruneResult:
-    """The result that was written into `file`."""
-    found = json.loads(file.read_text())
-    return PruneResult(**{**found, "layers": tuple(journal.layer(layer) for layer in found["layers"])})
 
 
 def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:

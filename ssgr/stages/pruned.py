@@ -1,0 +1,21 @@
+"""What a prune leaves: the names of its files, and its result as it was written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ssgr.records import LayerResult, PruneResult
+
+CHECKPOINT, RESULT = "checkpoint", "prune.json"
+
+
+def read(file: Path) -> PruneResult:
+    """The result that was written into `file`."""
+    found = json.loads(file.read_text())
+    return PruneResult(**{**found, "layers": tuple(layer(one) for one in found["layers"])})
+
+
+def layer(found: dict[str, object]) -> LayerResult:
+    """A layer's result from JSON."""
+    return LayerResult(**{**found, "shape": tuple(found["shape"])})  # type: ignore[arg-type]
