@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -79,19 +80,35 @@ class Unstructured:
         """The mask of kept weights, bool (O, I); of all n weights round(n * ratio) go, of each row as many or one more.
 
         Where the share is no whole number of inputs, the rows that lose one more are those in which that one matters least.
+        Of equal scores the first goes.
         """
         flat = score_OI if compare == "row" else score_OI.reshape(1, -1)
         each, more = divmod(round(score_OI.numel() * self.ratio), len(flat))
-        lowest = flat.topk(each + (more > 0), dim=1, largest=False, sorted=more > 0)
-        keep = torch.ones_like(flat, dtype=torch.bool).scatter_(1, lowest.indices, False)
+        if each + more == 0:
+            return torch.ones_like(score_OI, dtype=torch.bool)
+        last_O1 = _smallest(flat, each + (more > 0))  # the score of the last that may go
+        count_O1 = torch.full_like(last_O1, each + (more > 0), dtype=torch.long)
         if more:
-            last = lowest.values[:, -1].topk(len(flat) - more).indices  # the rows that keep that one
-            keep[last, lowest.indices[last, -1]] = True
-        return keep.view_as(score_OI)
+            count_O1[last_O1[:, 0].topk(len(flat) - more).indices] -= 1
+        below, equal = flat < last_O1, flat == last_O1
+        left_O1 = count_O1 - below.sum(1, keepdim=True)
+        if (equal.sum(1, keepdim=True) > left_O1).any():
+            equal &= equal.cumsum(1) <= left_O1
+        return ~(below | equal).view_as(score_OI)
 
     def at(self, ratio: float) -> Unstructured:
         """The same with another ratio."""
         return Unstructured(ratio)
+
+
+def _smallest(score_OI: Tensor, k: int) -> Tensor:
+    """The k-th smallest score of each row, (O, 1)."""
+    if score_OI.device.type == "cpu" and score_OI.dtype in (
+        torch.float32,
+        torch.float64,
+    ):  # topk takes twice as long there
+        return torch.from_numpy(np.partition(score_OI.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
+    return score_OI.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 
 
 @dataclass(frozen=True)

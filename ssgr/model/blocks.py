@@ -41,8 +41,8 @@ class Matrix:
 
 @contextmanager
 def weightless() -> Iterator[None]:
-    """Modules made inside have parameters without memory; their buffers (rotary frequencies) are real."""
-    own = nn.Module.register_parameter
+    """Modules made inside have parameters without memory or values; their buffers (rotary frequencies) are real."""
+    own, fill = nn.Module.register_parameter, PreTrainedModel.initialize_weights
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
         if param is not None and param.device.type != "meta":
@@ -50,10 +50,12 @@ def weightless() -> Iterator[None]:
         own(module, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign, assignment]
+    PreTrainedModel.initialize_weights = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = own  # type: ignore[method-assign]
+        PreTrainedModel.initialize_weights = fill  # type: ignore[method-assign]
 
 
 def outside(model: PreTrainedModel, blocks: nn.ModuleList) -> dict[str, nn.Parameter]:

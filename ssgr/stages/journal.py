@@ -38,6 +38,7 @@ class Journal:
         walk.ranks.meet()
         self.kept = Checkpoint(folder)
         self.done = self._read()
+        self._told = [[to_json(layer) for layer in found] for found in self.done]
 
     def _read(self) -> list[list[LayerResult]]:
         file = self.work / _DONE
@@ -63,7 +64,8 @@ class Journal:
     ) -> Callable[[], None]:
         """Write block `i` and what was found there: work that needs the block no more."""
         self.done.append(results)
-        done = [[to_json(layer) for layer in found] for found in self.done]
+        self._told.append([to_json(layer) for layer in results])
+        told = list(self._told)
         if self.walk.ranks.rank:
             return lambda: None
         values = dict(block.named_parameters())
@@ -75,7 +77,7 @@ class Journal:
                 written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
-            files.write_json(self.work / _DONE, {"source": self.source, "blocks": done})
+            files.write_json(self.work / _DONE, {"source": self.source, "blocks": told})
 
         return keep
 

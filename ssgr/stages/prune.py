@@ -96,7 +96,7 @@ def _prune(
     memory: Memory, work: Path, passing: Passing, statistics: Path | None,
 ) -> None:  # fmt: skip
     pruner = method.pruner
-    walk = Walk(model, own, asks_for_head(model.skeleton(), pruner))
+    walk = Walk(model, own, lambda decoder: asks_for_head(decoder, pruner))
     check(walk.model, pruner, method.sparsity)
     layers = [_chosen(block, pruner) for block in walk.blocks]
     stored = Statistics(statistics) if statistics else None
@@ -244,10 +244,8 @@ def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -
     layers = [layer for found in kept.done for layer in found]
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     each = [layer.sparsity * size for layer, size in zip(layers, sizes, strict=True)]
-    zeros, head = (
-        sum(each),
-        sum(n for layer, n in zip(layers, each, strict=True) if layer.name == output_layer(walk.model)),
-    )
+    zeros, name = sum(each), output_layer(walk.model)
+    head = sum(n for layer, n in zip(layers, each, strict=True) if layer.name == name)
     whole = sum(p.numel() for p in walk.model.parameters())  # those that are tied count once
     cuda = walk.device.type == "cuda"
     blind = method.pruner.statistic == "none"

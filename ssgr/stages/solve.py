@@ -85,7 +85,8 @@ class Solver:
             dtype = self.walk.layout.dtype(self.walk.full(i, matrix.parameter))
             matrix.weight_OI.copy_(_rounded(new.w_OI, dtype, full))
             new_OI = matrix.weight_OI.float()
-            zeros = 1 - int(new_OI.count_nonzero()) / new_OI.numel()
+            kept_O = new_OI.count_nonzero(1)
+            zeros = 1 - int(kept_O.sum()) / new_OI.numel()
             out[matrix.name] = LayerResult(
                 full,
                 matrix.shape,
@@ -94,7 +95,7 @@ class Solver:
                 seen.tokens if seen else 0.0,
                 _error(old_OI, new_OI, seen),
                 _error(old_OI, new_OI, later),
-                _emptied(old_OI, new_OI, full),
+                _emptied(old_OI, kept_O, full),
                 new.condition,
                 new.damping,
                 each,
@@ -147,13 +148,13 @@ def _rounded(w_OI: Tensor, dtype: torch.dtype, full: str) -> Tensor:
     return out
 
 
-def _emptied(old_OI: Tensor, new_OI: Tensor, full: str) -> int:
-    """How many outputs lost all of their weights.
+def _emptied(old_OI: Tensor, kept_O: Tensor, full: str) -> int:
+    """How many outputs lost all of their weights, of which `kept_O` are left.
 
     Raises:
         ValueError: they are more than a few.
     """
-    lost = new_OI.count_nonzero(1) == 0
+    lost = kept_O == 0
     lost[lost.clone()] = (old_OI[lost] != 0).any(1)
     count = int(lost.sum())
     if count > _EMPTIED * len(lost):
