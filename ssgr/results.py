@@ -15,7 +15,8 @@ from typing import Any
 from ssgr import tables
 from ssgr.files import write_bytes
 from ssgr.records import BenchResult, PruneResult, Reading, RunResult, Score, to_json
-from ssgr.stages import evaluate, pruned, select
+from ssgr.stages import evaluate, select
+from ssgr.stages.pruned import CHECKPOINT, RESULT, read_result
 from ssgr.store import Artefact, Store
 
 LIBRARIES = ("ssgr", "torch", "transformers", "tokenizers", "safetensors", "numpy", "math-verify")
@@ -34,9 +35,9 @@ def result(done: Mapping[str, Artefact], benches: Sequence[str], config: dict[st
     )
 
 
-def _read_prune(made: Artefact) -> PruneResult:
-    checkpoint = str((made.path / pruned.CHECKPOINT).resolve())
-    return dataclasses.replace(pruned.read(made.path / pruned.RESULT), checkpoint=checkpoint)
+def _read_prune(pruned: Artefact) -> PruneResult:
+    checkpoint = str((pruned.path / CHECKPOINT).resolve())
+    return dataclasses.replace(read_result(pruned.path / RESULT), checkpoint=checkpoint)
 
 
 def read_score(evaluated: Artefact) -> Score | Reading:

@@ -84,16 +84,17 @@ class Unstructured:
         """
         flat = score_OI if compare == "row" else score_OI.reshape(1, -1)
         each, more = divmod(round(score_OI.numel() * self.ratio), len(flat))
-        if each + more == 0:
+        most = each + (more > 0)
+        if not most:
             return torch.ones_like(score_OI, dtype=torch.bool)
-        last_O1 = _smallest(flat, each + (more > 0))  # the score of the last that may go
-        count_O1 = torch.full_like(last_O1, each + (more > 0), dtype=torch.long)
+        last_O1 = _smallest(flat, most)  # the score of the last that may go
+        count_O1 = torch.full_like(last_O1, most, dtype=torch.long)
         if more:
-            count_O1[last_O1[:, 0].topk(len(flat) - more).indices] -= 1
+            count_O1[last_O1[:, 0].argsort(stable=True)[more:]] -= 1
         below, equal = flat < last_O1, flat == last_O1
         left_O1 = count_O1 - below.sum(1, keepdim=True)
-        if (equal.sum(1, keepdim=True) > left_O1).any():
-            equal &= equal.cumsum(1) <= left_O1
+        if flat.device.type != "cpu" or (equal.sum(1, keepdim=True) > left_O1).any():  # a GPU is not waited for
+            equal &= equal.cumsum(1, dtype=torch.int32) <= left_O1
         return ~(below | equal).view_as(score_OI)
 
     def at(self, ratio: float) -> Unstructured:
@@ -103,10 +104,9 @@ class Unstructured:
 
 def _smallest(score_OI: Tensor, k: int) -> Tensor:
     """The k-th smallest score of each row, (O, 1)."""
-    if score_OI.device.type == "cpu" and score_OI.dtype in (
-        torch.float32,
-        torch.float64,
-    ):  # topk takes twice as long there
+    if (
+        score_OI.device.type == "cpu" and score_OI.element_size() >= 4
+    ):  # numpy's partition takes a third of topk's time there
         return torch.from_numpy(np.partition(score_OI.numpy(), k - 1, axis=1)[:, k - 1 : k].copy())
     return score_OI.topk(k, dim=1, largest=False, sorted=False).values.amax(1, keepdim=True)
 

@@ -16,9 +16,11 @@ from conftest import ROOT, SMALL, Run
 from ssgr import status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
+from ssgr.stages.sample import TRACES
 from ssgr.store import Store
 from ssgr.store.__main__ import main as store_main
 from ssgr.sweep import Sweep, read
+from ssgr.tables import read_traces
 
 LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.max_parallel=2", "hydra.launcher.cpus_per_task=1")
 
@@ -63,6 +65,11 @@ def test_a_grid_in_processes_equals_the_grid_in_one(run: Run, tmp_path: Path) ->
             own, one = (result["scores"]["perplexity"][which]["value"] for result in (ours, theirs))
             assert own == one, alone
         assert set(theirs["keys"].items()) <= set(ours["keys"].items())
+    key = json.loads((tmp_path / "sweep" / "0" / "result.json").read_text())["keys"]["sample"]
+    in_parts, at_once = (
+        read_traces(root / "store" / "sample" / key / TRACES) for root in (tmp_path, tmp_path / "alone")
+    )
+    assert len(in_parts) == 128 and in_parts == at_once
 
 
 def test_a_sweeper_that_needs_values_must_wait(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

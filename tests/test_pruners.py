@@ -283,6 +283,15 @@ def test_unstructured_prunes_exactly(outputs: int, inputs: int, ratio: float, co
         assert set(gone.sum(1).tolist()) <= {count // outputs, -(-count // outputs)}
 
 
+@given(*SHAPES, st.sampled_from([torch.float32, torch.float16]))  # numpy's partition, and topk as on a GPU
+def test_of_equal_scores_the_first_goes(
+    outputs: int, inputs: int, ratio: float, compare: Compare, dtype: torch.dtype
+) -> None:
+    score_OI = torch.randint(0, 4, (outputs, inputs)).to(dtype)
+    sparsity = Unstructured(ratio)
+    assert torch.equal(sparsity.keep(score_OI, compare), naive_keep(score_OI, sparsity, compare))
+
+
 @given(*SHAPES, st.integers(0, 2**31))
 def test_a_row_loses_all_its_weights_only_if_its_scores_say_so(
     outputs: int, inputs: int, ratio: float, compare: Compare, seed: int

@@ -30,7 +30,6 @@ from ssgr.pruner import Moments, Statistic
 if TYPE_CHECKING:
     from ssgr.model.blocks import Matrix  # by name only: sums need no transformers, whose import takes seconds
 
-_PIECE = 128  # tokens summed at a time in float32
 _STRIP = 256  # columns of the Gram matrix formed at a time: only what lies right of the diagonal is
 
 
@@ -72,12 +71,12 @@ class Sums:
     def add(self, x_TI: Tensor, w_T: Tensor | None) -> None:
         """Add tokens (T, I) with weights."""
         exact = w_T is None and x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and native(x_TI.dtype)
+        x_TI = x_TI.float()
+        wx_TI = x_TI if w_T is None else x_TI * w_T[:, None]
         self.tokens += len(x_TI) if w_T is None else float(w_T.double().sum())
-        x_TI = _whole(x_TI)
-        wx_TI = x_TI if w_T is None else x_TI * _whole(w_T[:, None])
-        self.sum_I += _summed(wx_TI)
+        self.sum_I += wx_TI.sum(0)
         if self.gram_II is None:
-            self.square_I += _summed(wx_TI * x_TI)
+            self.square_I += (wx_TI * x_TI).sum(0)
             return
         with bfloat16_products() if exact else nullcontext():
             for first in range(0, x_TI.shape[1], _STRIP):
@@ -92,17 +91,6 @@ class Sums:
         if self.gradient_OI is not None:
             out |= {"gradient": self.gradient_OI, "rows": torch.tensor([self.rows], dtype=torch.float64)}
         return out if self.gram_II is None else {**out, "gram": self.gram_II}
-
-
-def _whole(x_TI: Tensor) -> Tensor:
-    """`x_TI` in float32, with zeros after it up to a whole number of pieces."""
-    short = -len(x_TI) % _PIECE
-    return nn.functional.pad(x_TI.float(), (0, 0, 0, short)) if short else x_TI.float()
-
-
-def _summed(x_TI: Tensor) -> Tensor:
-    """The sums over tokens (I,) in float64, those of each piece in float32."""
-    return x_TI.view(-1, _PIECE, x_TI.shape[1]).sum(1).sum(0, dtype=torch.float64)
 
 
 def moments(parts: Sequence[tuple[float, Mapping[str, Tensor]]], statistic: Statistic) -> Moments | None:

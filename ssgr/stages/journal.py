@@ -12,7 +12,7 @@ from ssgr import files
 from ssgr.model.blocks import Matrix
 from ssgr.model.checkpoint import Checkpoint, Replica
 from ssgr.records import LayerResult, to_json
-from ssgr.stages import pruned
+from ssgr.stages.pruned import read_layer
 from ssgr.stages.walk import Walk
 
 _DONE, _RATIOS = "blocks.json", "ratios.json"
@@ -38,7 +38,6 @@ class Journal:
         walk.ranks.meet()
         self.kept = Checkpoint(folder)
         self.done = self._read()
-        self._told = [[to_json(layer) for layer in found] for found in self.done]
 
     def _read(self) -> list[list[LayerResult]]:
         file = self.work / _DONE
@@ -47,7 +46,7 @@ class Journal:
         found = json.loads(file.read_text())
         if found["source"] != self.source:
             raise changed(self.walk, self.work)
-        return [[pruned.layer(one) for one in layers] for layers in found["blocks"]]
+        return [[read_layer(one) for one in layers] for layers in found["blocks"]]
 
     def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The share of zeros of every matrix, made once."""
@@ -64,8 +63,7 @@ class Journal:
     ) -> Callable[[], None]:
         """Write block `i` and what was found there: work that needs the block no more."""
         self.done.append(results)
-        self._told.append([to_json(layer) for layer in results])
-        told = list(self._told)
+        done = [[to_json(layer) for layer in found] for found in self.done]
         if self.walk.ranks.rank:
             return lambda: None
         values = dict(block.named_parameters())
@@ -77,7 +75,7 @@ class Journal:
                 written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
-            files.write_json(self.work / _DONE, {"source": self.source, "blocks": told})
+            files.write_json(self.work / _DONE, {"source": self.source, "blocks": done})
 
         return keep
 

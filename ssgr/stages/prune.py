@@ -23,11 +23,11 @@ from ssgr.progress import Progress
 from ssgr.pruner import Pruner, Statistic
 from ssgr.records import CalibrationSet, LayerResult, PruneResult, to_json
 from ssgr.sparsity import Sparsity
-from ssgr.stages import activations, allocate, heap, journal, pruned, ranks
+from ssgr.stages import activations, allocate, heap, journal, ranks
 from ssgr.stages.activations import Batch, passages
 from ssgr.stages.collect import Collector
 from ssgr.stages.plan import Memory, plan
-from ssgr.stages.pruned import CHECKPOINT, RESULT
+from ssgr.stages.pruned import CHECKPOINT, RESULT, read_result
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.solve import Method, Solver
 from ssgr.stages.statistics import Heard, Statistics
@@ -35,7 +35,7 @@ from ssgr.stages.steps import Owners, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
-VERSION = 3
+VERSION = 4
 _log = logging.getLogger("ssgr")
 
 
@@ -86,7 +86,7 @@ def prune(
     given = (model, tokenizer, calibration, method, memory, work, passing, statistics)
     with activations.removed(work, memory.leads):
         ranks.run(count, work, device.type, _prune, *given, crew=memory.crew)
-    return pruned.read(work / RESULT)
+    return read_result(work / RESULT)
 
 
 @torch.no_grad()
@@ -96,7 +96,7 @@ def _prune(
     memory: Memory, work: Path, passing: Passing, statistics: Path | None,
 ) -> None:  # fmt: skip
     pruner = method.pruner
-    walk = Walk(model, own, lambda decoder: asks_for_head(decoder, pruner))
+    walk = Walk(model, own, pruner.include)
     check(walk.model, pruner, method.sparsity)
     layers = [_chosen(block, pruner) for block in walk.blocks]
     stored = Statistics(statistics) if statistics else None
@@ -186,11 +186,6 @@ class _Ears:
         return collector.owner, {key: sums.tensors() for key, sums in collector.sums.items()}
 
 
-def asks_for_head(model: PreTrainedModel, pruner: Pruner) -> bool:
-    """Whether `pruner` is to prune the output layer, which it must name in full."""
-    return output_layer(model) in pruner.include
-
-
 def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
     """What `pruner` prunes of a block, which may be nothing."""
     if isinstance(block, Tail):
@@ -213,7 +208,7 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
         ValueError: its blocks or matrices are not found, a pattern matches none, or n:m does not divide a layer's inputs.
     """
     prefix, blocks = decoder_blocks(model)
-    tail = [Tail(model, blocks)] if asks_for_head(model, pruner) else []
+    tail = [Tail(model, blocks)] if output_layer(model) in pruner.include else []
     for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
         for pattern in patterns:
             if not any(names(block, pattern) for block in blocks) and not (tail and pattern == output_layer(model)):

@@ -10,12 +10,12 @@ from ssgr.records import LayerResult, PruneResult
 CHECKPOINT, RESULT = "checkpoint", "prune.json"
 
 
-def read(file: Path) -> PruneResult:
+def read_result(file: Path) -> PruneResult:
     """The result that was written into `file`."""
     found = json.loads(file.read_text())
-    return PruneResult(**{**found, "layers": tuple(layer(one) for one in found["layers"])})
+    return PruneResult(**{**found, "layers": tuple(read_layer(one) for one in found["layers"])})
 
 
-def layer(found: dict[str, object]) -> LayerResult:
+def read_layer(found: dict[str, object]) -> LayerResult:
     """A layer's result from JSON."""
     return LayerResult(**{**found, "shape": tuple(found["shape"])})  # type: ignore[arg-type]

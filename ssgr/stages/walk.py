@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
 from ssgr.model.attention import attend_causally
-from ssgr.model.blocks import Tail, decoder_blocks, empty, outside, put
+from ssgr.model.blocks import Tail, decoder_blocks, empty, output_layer, outside, put
 from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
 from ssgr.products import finite, native
@@ -30,18 +30,16 @@ _CONFIGURED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 class Walk:
     """The decoder of `model`, block by block; `seconds` are those spent waiting for weights and running blocks.
 
-    With a `head` that says so of the decoder, what follows the blocks, up to the output layer, comes after them as if it were
-    one more.
+    Where `include` names the output layer, in full, what follows the blocks, up to it, comes after them as if it were one more.
     """
 
-    def __init__(
-        self, model: Model, ranks: Ranks, head: Callable[[PreTrainedModel], bool] = lambda decoder: False
-    ) -> None:
+    def __init__(self, model: Model, ranks: Ranks, include: Sequence[str] = ()) -> None:
         self.model, self.ranks = model.skeleton(), ranks
         self.source = Checkpoint(model.files())
         self.layout = Layout(self.model, self.source)
         self.name, self.decoder = decoder_blocks(self.model)
-        self.blocks = [*self.decoder, *([Tail(self.model, self.decoder)] if head(self.model) else [])]
+        tail = [Tail(self.model, self.decoder)] if output_layer(self.model) in include else []
+        self.blocks = [*self.decoder, *tail]
         self.device = ranks.device(model.torch_device())
         self.dtype = _dtype(model, self.source, self.stored(0), self.device)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and native(self.dtype):
