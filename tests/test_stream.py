@@ -181,7 +181,8 @@ print(json.dumps(stops))
 
 
 @pytest.mark.parametrize(
-    ("propagate", "order", "gib"), [("pruned", "layer", "0"), ("pruned", "block", "1"), ("dense", "block", "0")]
+    ("propagate", "order", "gib"),
+    [("pruned", "layer", "0"), ("dense", "block", "0"), pytest.param("pruned", "block", "1", marks=pytest.mark.slow)],
 )
 def test_what_is_killed_at_random_ends_with_the_same_bytes(
     propagate: str, order: str, gib: str, tmp_path: Path
