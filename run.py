@@ -20,7 +20,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from launchers import outcome
-from ssgr import tracker
+from ssgr import lean, tracker
 from ssgr.records import RunResult
 from ssgr.store import Store
 
@@ -31,7 +31,8 @@ _log = logging.getLogger("ssgr")
 
 def run_cell(cfg: DictConfig) -> RunResult | None:
     """Run one cell and write its result.json into the folder that Hydra made for it; a part only samples."""
-    from launchers.experiment import build  # torch and transformers take seconds to load: a wrong flag is told before
+    lean.load_transformers()  # it and torch take seconds: a wrong flag is told before
+    from launchers.experiment import build
     from ssgr import pipeline, results
 
     own = HydraConfig.get()

@@ -104,6 +104,9 @@ def _quieten(cpus: int) -> None:
 
 def _quieten_libraries(cpus: int) -> None:
     """The same of those that take seconds to load; a report needs neither."""
+    from ssgr import lean
+
+    lean.load_transformers()
     import torch
     import transformers
 

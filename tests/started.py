@@ -17,6 +17,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from ssgr import lean
+
 RUN = Path(__file__).parent.parent / "run.py"
 SECONDS = 300  # as long as one may take
 
@@ -64,6 +66,7 @@ if __name__ == "__main__":
     runpy.run_path(
         str(RUN)
     )  # its settings, which what is imported reads; under another name than __main__ it runs nothing
+    lean.load_transformers()
     for name in ("launchers.experiment", "ssgr.pipeline"):
         importlib.import_module(name)
     asked = _forked()

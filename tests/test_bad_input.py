@@ -155,3 +155,13 @@ def test_a_report_loads_no_torch() -> None:
     """Its job reads small files: seconds of imports would be most of it."""
     look = "import sys, launchers.work, ssgr.assemble; assert not {'torch', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", look], cwd=ROOT, check=True)
+
+
+def test_a_job_loads_nothing_that_transformers_wants_for_other_models() -> None:
+    """scikit-learn and scipy take a second of every process; whoever needs them later has them."""
+    look = (
+        "import sys; from launchers.work import _quieten_libraries; _quieten_libraries(1)",
+        "import launchers.experiment, ssgr.pipeline; assert 'transformers.generation.candidate_generator' in sys.modules",
+        "assert not {'scipy', 'sklearn'} & {*sys.modules}; import scipy.optimize, sklearn.metrics",
+    )
+    subprocess.run([sys.executable, "-c", "; ".join(look)], cwd=ROOT, check=True)

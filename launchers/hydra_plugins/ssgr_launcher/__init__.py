@@ -10,6 +10,8 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from ssgr import lean
+
 
 class _Launcher(Launcher):
     """A grid as one graph of unique stages."""
@@ -27,6 +29,7 @@ class _Launcher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Plan the cells, and hand their stages on."""
+        lean.load_transformers()
         from launchers import grid
 
         assert self.config is not None and self.context is not None

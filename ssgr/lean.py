@@ -1,0 +1,21 @@
+"""Lean: transformers without the libraries that it loads for other models than decoders."""
+
+from __future__ import annotations
+
+import sys
+
+_UNUSED = ("scipy", "sklearn")  # for losses of object detection, and for a metric of assisted generation
+
+
+def load_transformers() -> None:
+    """Import transformers' models as if scipy and scikit-learn were not installed, which saves every process a second.
+
+    Both can be imported afterwards. A command calls this before anything else imports transformers.
+    """
+    hidden = [name for name in _UNUSED if name not in sys.modules]
+    sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: it is not found
+    try:
+        from transformers import AutoModelForCausalLM  # noqa: F401
+    finally:
+        for name in hidden:
+            del sys.modules[name]
