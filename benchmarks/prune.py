@@ -73,10 +73,10 @@ def dtype_of(model: Path) -> str:
     return str(config.get("dtype") or config.get("torch_dtype") or "float32")
 
 
-def rows_file(args: argparse.Namespace, model: Path) -> Path:
-    """The calibration rows as token ids: documents in an order drawn with seed 0, joined, and cut."""
+def rows_file(args: argparse.Namespace, model: Path, seed: int) -> Path:
+    """The calibration rows as token ids: documents in an order drawn with `seed`, joined, and cut."""
     lines = found(args.data, C4).read_text().splitlines()
-    random.Random(0).shuffle(lines)
+    random.Random(seed).shuffle(lines)
     tokenizer = AutoTokenizer.from_pretrained(model)
     documents = [tokenizer(json.loads(line)["text"], verbose=False).input_ids for line in lines]
     ids = [token for document in documents for token in [*document, tokenizer.eos_token_id]]
@@ -84,7 +84,7 @@ def rows_file(args: argparse.Namespace, model: Path) -> Path:
         raise ValueError(
             f"--rows {args.rows} --tokens {args.tokens}: {C4} has {len(ids)} tokens; type a smaller --rows"
         )
-    file = args.work / f"rows-{args.rows}x{args.tokens}.json"
+    file = args.work / f"rows-{args.rows}x{args.tokens}-{seed}.json"
     file.write_text(json.dumps([ids[i * args.tokens : (i + 1) * args.tokens] for i in range(args.rows)]))
     return file
 
@@ -148,20 +148,21 @@ def children() -> float:
 
 
 def measure(engine: str, job: dict[str, Any], args: argparse.Namespace) -> Result:
-    """The medians of `--repeat` runs, and the perplexity of the last."""
-    runs = [once(engine, job, args) for _ in range(args.repeat)]
-    folder = Path(job["out"], "checkpoint")
-    result = {
+    """The medians of `--repeat` runs, and the geometric mean of their perplexities."""
+    runs, folder = [], Path(job["out"], "checkpoint")
+    for rows in job["rows"]:
+        measured = once(engine, job | {"rows": rows}, args)
+        runs.append(measured | {"perplexity": perplexity(folder, args.data / WIKITEXT, CONTEXT, args.windows)})
+        shutil.rmtree(folder)
+    return {
         "engine": engine, "pruner": job["pruner"], "pattern": job["pattern"],
         "seconds": {part: statistics.median(run[args.clock][part] for run in runs) for part in runs[0][args.clock]},
         "peak_mib": {part: statistics.median(run["peak_mib"][part] for run in runs) for part in runs[0]["peak_mib"]},
-        "perplexity": perplexity(folder, args.data / WIKITEXT, CONTEXT, args.windows),
+        "perplexity": statistics.geometric_mean(run["perplexity"] for run in runs),
         "disturbed": any(run["disturbed"] for run in runs),
         "versions": runs[0]["versions"],
-        "runs": [{k: run[k] for k in ("wall", "processor", "others")} for run in runs],
+        "runs": [{k: run[k] for k in ("wall", "processor", "others", "perplexity")} for run in runs],
     }  # fmt: skip
-    shutil.rmtree(folder)
-    return result
 
 
 def measured(engine: str, job: dict[str, Any], args: argparse.Namespace) -> Result:
@@ -181,7 +182,8 @@ def kept(engine: str, job: dict[str, Any], args: argparse.Namespace) -> Path:
     """Where a result lies, by what can change it."""
     model = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(Path(job["model"]).iterdir())]
     scripts = [file.read_text() for file in (ENGINES / SCRIPTS[engine], ENGINES / "measure.py", PEERS_SH)]
-    content = [engine, job, model, Path(job["rows"]).read_text(), args.clock, args.repeat, args.windows, scripts]
+    rows = [Path(file).read_text() for file in job["rows"]]
+    content = [engine, job, model, rows, args.clock, args.windows, scripts]
     key = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return Path(args.work, "kept", f"{key}.json")
 
@@ -202,6 +204,7 @@ def ratios(results: Sequence[Result]) -> list[dict[str, Any]]:
             "time": mine["seconds"]["prune"] / r["seconds"]["prune"],
             "memory": peak(mine) / peak(r),
             "perplexity": mine["perplexity"] / r["perplexity"],
+            "perplexities": [a["perplexity"] / b["perplexity"] for a, b in zip(mine["runs"], r["runs"], strict=True)],
         }
         for r in results
         if r["engine"] not in ORDERS and (mine := ours.get((r["pruner"], r["pattern"])))
@@ -248,7 +251,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         else:
             engines.append(peer)
     model = model_folder(args)
-    rows = rows_file(args, model)
+    rows = [str(rows_file(args, model, seed)) for seed in range(args.repeat)]
     settings = {
         "model": str(model.name), "dtype": dtype_of(model), "rows": args.rows, "tokens": args.tokens, "seed": 0,
         "threads": args.threads, "clock": args.clock, "repeat": args.repeat, "context": CONTEXT, "windows": args.windows,
@@ -261,7 +264,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for pattern in args.patterns:
             say(f"{pruner} {pattern}")
             for engine in engines:
-                job = {"model": str(model), "rows": str(rows), "pruner": pruner, "pattern": pattern}
+                job = {"model": str(model), "rows": rows, "pruner": pruner, "pattern": pattern}
                 name = re.sub(r"\W+", "-", f"{engine}-{pruner}-{pattern.replace(':', 'of')}").replace("0-5", "0.5")
                 job |= {"threads": args.threads, "out": str(args.work / name)}
                 job |= {"order": ORDERS[engine]} if engine in ORDERS else {}
@@ -311,7 +314,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="of every engine")
     clocks = "seconds on the wall, or of processor time: with --threads 1 these hold on a machine that is shared"
     parser.add_argument("--clock", choices=["wall", "processor"], default="wall", help=clocks)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of each, of which the medians are taken")
+    parser.add_argument("--repeat", type=int, default=1, help="runs of each, on rows of their own; medians are taken")
     parser.add_argument("--windows", type=int, default=24, help=f"of {CONTEXT} tokens, for the perplexity; 0 for all")
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "prune", help="folder for models and logs")
