@@ -151,8 +151,8 @@ def measure(engine: str, job: dict[str, Any], args: argparse.Namespace) -> Resul
     """The medians of `--repeat` runs, and the geometric mean of their perplexities."""
     runs, folder = [], Path(job["out"], "checkpoint")
     for rows in job["rows"]:
-        measured = once(engine, job | {"rows": rows}, args)
-        runs.append(measured | {"perplexity": perplexity(folder, args.data / WIKITEXT, CONTEXT, args.windows)})
+        one = once(engine, job | {"rows": rows}, args)
+        runs.append(one | {"perplexity": perplexity(folder, args.data / WIKITEXT, CONTEXT, args.windows)})
         shutil.rmtree(folder)
     return {
         "engine": engine, "pruner": job["pruner"], "pattern": job["pattern"],
@@ -241,6 +241,8 @@ def processor() -> str:
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure everything."""
+    if args.repeat < 1:
+        raise ValueError(f"--repeat {args.repeat}: type a number of at least 1")
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     text = found(args.data, WIKITEXT)
@@ -253,8 +255,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     model = model_folder(args)
     rows = [str(rows_file(args, model, seed)) for seed in range(args.repeat)]
     settings = {
-        "model": str(model.name), "dtype": dtype_of(model), "rows": args.rows, "tokens": args.tokens, "seed": 0,
-        "threads": args.threads, "clock": args.clock, "repeat": args.repeat, "context": CONTEXT, "windows": args.windows,
+        "model": str(model.name), "dtype": dtype_of(model), "rows": args.rows, "tokens": args.tokens,
+        "seeds": [*range(args.repeat)], "threads": args.threads, "clock": args.clock, "context": CONTEXT, "windows": args.windows,
         "processor": processor(), "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "dense_perplexity": perplexity(model, text, CONTEXT, args.windows),
     }  # fmt: skip

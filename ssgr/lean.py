@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 _UNUSED = ("scipy", "sklearn")  # for losses of object detection, and for a metric of assisted generation
 
@@ -10,12 +11,14 @@ _UNUSED = ("scipy", "sklearn")  # for losses of object detection, and for a metr
 def load_transformers() -> None:
     """Import transformers' models as if scipy and scikit-learn were not installed, which saves every process a second.
 
-    Both can be imported afterwards. A command calls this before anything else imports transformers.
+    Both can be imported afterwards. Call this before anything else imports transformers; where it cannot be loaded so,
+    whoever imports it next has all of it.
     """
     hidden = [name for name in _UNUSED if name not in sys.modules]
     sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: it is not found
     try:
-        from transformers import AutoModelForCausalLM  # noqa: F401
+        with suppress(ImportError):
+            from transformers import AutoModelForCausalLM  # noqa: F401
     finally:
         for name in hidden:
             del sys.modules[name]

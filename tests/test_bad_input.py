@@ -165,3 +165,11 @@ def test_a_job_loads_nothing_that_transformers_wants_for_other_models() -> None:
         "assert not {'scipy', 'sklearn'} & {*sys.modules}; import scipy.optimize, sklearn.metrics",
     )
     subprocess.run([sys.executable, "-c", "; ".join(look)], cwd=ROOT, check=True)
+
+
+def test_transformers_that_will_not_load_without_them_is_loaded_whole() -> None:
+    look = (
+        "from transformers.utils import is_sklearn_available; assert is_sklearn_available()",  # it remembers that it is there
+        "from ssgr import lean; lean.load_transformers(); import launchers.experiment, sklearn.metrics",
+    )
+    subprocess.run([sys.executable, "-c", "; ".join(look)], cwd=ROOT, check=True)

@@ -335,9 +335,8 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
     kept = rows(grid, "sample")
     assert kept and "Caught signal SIGUSR2" in logs(grid)
     grid.reach(lambda: began(grid, "sample", kept))
-    slurm(
-        "scancel", *(one.job for one in Records(grid.store.root).read() if one.job)
-    )  # what follows shows nothing more
+    left = [one.job for one in Records(grid.store.root).read() if one.job]
+    slurm("scancel", *left)  # what follows shows nothing more
 
 
 @pytest.mark.xdist_group("grid")
