@@ -28,6 +28,7 @@
 
   // Figures: drawn when they are scrolled to.
   const drawn = new Map(); // by the element: what Vega made of it
+  const drawing = new Map(); // by the element: the drawing that was asked for last
   const kept = new Map(); // by name: which rows a filter left, if there is one
   const config = () => {
     const style = getComputedStyle(root);
@@ -51,7 +52,7 @@
     }
     spec.height = { step: spec.height.step < 20 ? 26 : 38 };
   };
-  const draw = async (figure) => {
+  const paint = async (figure) => {
     const name = figure.dataset.figure;
     const data = content(`data-${name}`);
     const rows = kept.has(name) ? data.rows.filter(kept.get(name)) : data.rows;
@@ -70,7 +71,15 @@
     }));
     figure.dataset.drawn = "yes";
   };
-  const redraw = () => { for (const figure of drawn.keys()) draw(figure); };
+  // One at a time in each figure, and of those that wait only the last: what was asked for last is what stays.
+  const draw = (figure) => {
+    delete figure.dataset.drawn;
+    const go = () => drawing.get(figure) === next && paint(figure);
+    const next = Promise.resolve(drawing.get(figure)).then(go, go);
+    drawing.set(figure, next);
+    return next;
+  };
+  const redraw = () => { for (const figure of drawing.keys()) draw(figure); };
   const seen = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (entry.isIntersecting) {
@@ -104,7 +113,7 @@
         save(URL.createObjectURL(new Blob([csv(content(`data-${figure.dataset.figure}`))], { type: "text/csv" })), file);
         return;
       }
-      if (!drawn.has(figure)) await draw(figure);
+      await (drawing.get(figure) ?? draw(figure));
       save(await drawn.get(figure).view.toImageURL(what, what === "png" ? 3 : 1), file);
     });
   }
@@ -181,7 +190,7 @@
         const name = figure.dataset.figure;
         if (!/^(leaderboard|differences)_/.test(name)) continue;
         kept.set(name, (row) => labels.has(row.label));
-        if (drawn.has(figure)) draw(figure);
+        if (drawing.has(figure)) draw(figure);
       }
     };
     for (const kind of ["input", "change"]) form.addEventListener(kind, filter);
