@@ -104,7 +104,9 @@ class Slots:
         self.rows: list[_Row] = []
         self.length_N = np.zeros(size, dtype=np.int64)  # tokens whose keys and values are there
         self.which_N = self.at_N = torch.empty(0, dtype=torch.long)
-        self.shelves: list[tuple[int, int, int, Tensor | None]] = []  # first and last slot, tokens, what is no token
+        self.shelves: list[
+            tuple[int, int, int, Tensor | None]
+        ] = []  # first and last slot, tokens, -inf at what is none
 
     @property
     def reach(self) -> int:
@@ -154,9 +156,11 @@ class Slots:
         for first, last in self._bounds():
             own_N = length_N[first:last] + 1
             tokens = int(own_N.max())
-            over_NT = np.arange(tokens) >= own_N[:, None]
-            mask = torch.from_numpy(over_NT).to(device)[:, None, None] if over_NT.any() else None
-            self.shelves.append((first, last, tokens, mask))
+            bias = None
+            if (over_NT := np.arange(tokens) >= own_N[:, None]).any():
+                bias = torch.zeros(over_NT.shape, dtype=self.layers[0].room_k.dtype, device=device)
+                bias = bias.masked_fill_(torch.from_numpy(over_NT).to(device), float("-inf"))[:, None, None]
+            self.shelves.append((first, last, tokens, bias))
         ids_N1 = torch.tensor([[row.next_id] for row in self.rows], device=device)
         with _stepping(self):
             logits_NV = self.model(
@@ -216,18 +220,21 @@ def _attend(
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     rows, heads, _, size = query.shape
-    query_NKGD = query.reshape(rows, key.shape[1], -1, size) * (size**-0.5 if scaling is None else scaling)
+    kv_heads = key.shape[1]
+    query_NKGD = query.reshape(rows, kv_heads, -1, size) * (size**-0.5 if scaling is None else scaling)
     out = []
     if query.dtype is not torch.float32:  # torch's kernel reads 16-bit keys where they lie, matmul copies them first
-        for first, last, tokens, over in slots.shelves:
+        for first, last, tokens, bias in slots.shelves:
             parts = query_NKGD[first:last], key[first:last, :, :tokens], value[first:last, :, :tokens]
-            out.append(scaled_dot_product_attention(*parts, attn_mask=None if over is None else ~over, scale=1.0))
+            out.append(scaled_dot_product_attention(*parts, attn_mask=bias, scale=1.0))
         return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
-    for first, last, tokens, over in slots.shelves:
-        score_NKGT = query_NKGD[first:last] @ key[first:last, :, :tokens].transpose(-1, -2)
-        if over is not None:
-            score_NKGT.masked_fill_(over, float("-inf"))
-        out.append(score_NKGT.softmax(-1) @ value[first:last, :, :tokens])
+    query, key, value = query_NKGD.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    for first, last, tokens, bias in slots.shelves:
+        part = slice(first * kv_heads, last * kv_heads)
+        score = torch.bmm(query[part], key[part, :tokens].mT)
+        if bias is not None:
+            score.view(last - first, 1, -1, tokens).add_(bias)
+        out.append(torch.bmm(score.softmax(-1), value[part, :tokens]))
     return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
 
 
