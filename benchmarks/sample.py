@@ -4,8 +4,8 @@ A useful token is one of a response up to its own end; the prompts' forward pass
 length of its own, at which it ends whatever it says: 256 tokens in the equal case, log-normal with median 115 and at
 most 512 in the mixed one, where the logarithm deviates by 0.9, or by the number that is given as a case. A batch of
 `generate` runs until its longest row ends; ours gives the place to the next prompt. `generate` samples the first batch of
-the rows alone, vLLM all of them, in an environment of its own (--vllm). Memory is the peak of the process above what it
-held before.
+the rows alone, vLLM all of them, in an environment of its own (--vllm). With --repeat engines take turns, and medians of
+the rates, and of the ratios of each turn, are told. Memory is the peak of the process above what it held before.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -112,12 +113,27 @@ def memory() -> float:
     return peak
 
 
-def timed(engine: Callable[..., None], model: PreTrainedModel, asked: Any, tokens: Sequence[int], batch: int) -> Any:
+def timed(
+    engine: Callable[..., None], model: PreTrainedModel, asked: Any, tokens: Sequence[int], batch: int
+) -> tuple[float, float]:
     """Useful tokens a second, and the peak of memory above what was held before."""
     memory()
     held, start = memory(), time.perf_counter()
     engine(model, asked, tokens, batch)
     return sum(tokens) / (time.perf_counter() - start), memory() - held
+
+
+def turn(
+    args: Any, model: PreTrainedModel, folder: Path, asked: Any, tokens: Sequence[int], batch: int
+) -> dict[str, tuple[float, float]]:
+    """Useful tokens a second and MiB of ours and of each peer; 0 MiB of vLLM, which is another process."""
+    out = {"ssgr": timed(ours, model, asked, tokens, batch)}
+    for peer in args.peers:
+        if peer == "vllm":
+            out[peer] = sum(tokens) / vllm(args, folder, asked, tokens, batch), 0.0
+        else:
+            out[peer] = timed(generate, model, asked[:batch], tokens[:batch], batch)
+    return out
 
 
 def main() -> None:
@@ -135,7 +151,10 @@ def main() -> None:
     parser.add_argument(
         "--peers", type=lambda s: [n for n in s.split(",") if n], default=["generate"], help="generate, vllm"
     )
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of the weights")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], help="of the weights: bfloat16, and float32, its own, with --tiny"
+    )
+    parser.add_argument("--repeat", type=int, default=1, help="turns of each engine")
     parser.add_argument(
         "--vllm", type=Path, default=ROOT / "build" / "vllm" / "bin" / "python", help="Python with vLLM"
     )
@@ -143,6 +162,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=DATA, help="folder with the data")
     parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args()
+    if args.repeat < 1:
+        parser.error(f"--repeat {args.repeat}: type a number of at least 1")
+    args.dtype = args.dtype or ("float32" if args.tiny else "bfloat16")
     torch.set_num_threads(args.threads)
     folder = TINY if args.tiny else args.model
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -154,17 +176,18 @@ def main() -> None:
         asked, tokens = prompts(tokenizer, args.data, count), lengths(case, count)
         for batch in args.batches:
             at = {"case": case, "batch": batch}
-            mine, mib = timed(ours, model, asked, tokens, batch)
-            rates.append({"engine": "ssgr", **at, "rate": mine, "mib": mib})
-            print(f"{case}, batch {batch}: ssgr {mine:.0f} tokens/s, {mib:.0f} MiB", flush=True)
-            for peer in args.peers:
-                if peer == "vllm":
-                    other, mib = sum(tokens) / vllm(args, folder, asked, tokens, batch), None
-                else:
-                    other, mib = timed(generate, model, asked[:batch], tokens[:batch], batch)
-                rates.append({"engine": peer, **at, "rate": other, "mib": mib})
-                ratios.append({"peer": peer, "case": f"{case}, batch {batch}", "ratio": mine / other})
-                print(f"{case}, batch {batch}: {peer} {other:.0f} tokens/s, ratio {mine / other:.2f}", flush=True)
+            turns = [turn(args, model, folder, asked, tokens, batch) for _ in range(args.repeat)]
+            for engine in turns[0]:
+                each = [one[engine] for one in turns]
+                rate, mib = statistics.median(rate for rate, _ in each), max(mib for _, mib in each)
+                rates.append({"engine": engine, **at, "rate": rate, "mib": mib})
+                told = f"{case}, batch {batch}: {engine} {rate:.0f} tokens/s, {mib:.0f} MiB"
+                if engine != "ssgr":
+                    by_turn = [one["ssgr"][0] / one[engine][0] for one in turns]
+                    ratio = statistics.median(by_turn)
+                    ratios.append({"peer": engine, "case": f"{case}, batch {batch}", "ratio": ratio, "turns": by_turn})
+                    told += f", ratio {ratio:.2f} ({', '.join(f'{one:.2f}' for one in by_turn)})"
+                print(told, flush=True)
     if args.json:
         args.json.write_text(json.dumps({"ratios": ratios, "rates": rates}))
 
