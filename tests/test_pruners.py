@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -290,6 +291,20 @@ def test_of_equal_scores_the_first_goes(
     score_OI = torch.randint(0, 4, (outputs, inputs)).to(dtype)
     sparsity = Unstructured(ratio)
     assert torch.equal(sparsity.keep(score_OI, compare), naive_keep(score_OI, sparsity, compare))
+
+
+@given(st.integers(1, 20), st.integers(1, 6), st.integers(2, 9), st.data(), st.sampled_from([0, 1 << 14]))
+def test_n_of_every_m_are_kept_and_none_that_goes_scores_more(
+    outputs: int, groups: int, m: int, data: Any, few: int
+) -> None:
+    sparsity = NM(data.draw(st.integers(1, m - 1)), m)
+    score_OI = torch.randint(0, 9, (outputs, groups * m)).float()  # with ties
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ssgr.sparsity._FEW", few)  # group by group, and all at once
+        keep_OI = sparsity.keep(score_OI, "row")
+    score, keep = score_OI.view(-1, m), keep_OI.view(-1, m)
+    assert (keep.sum(1) == sparsity.n).all()
+    assert (score.masked_fill(~keep, 10).amin(1) >= score.masked_fill(keep, -1).amax(1)).all()
 
 
 @given(*SHAPES, st.integers(0, 2**31))
