@@ -45,6 +45,14 @@ def cases(text: str) -> list[str]:
     return found
 
 
+def peers(text: str) -> list[str]:
+    """Names of peers."""
+    found = [name for name in text.split(",") if name]
+    if unknown := set(found) - {"generate", "vllm"}:
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: type some of generate,vllm, or nothing: ''")
+    return found
+
+
 def lengths(case: str, count: int) -> list[int]:
     """Tokens of each response."""
     if case == "equal":
@@ -125,14 +133,17 @@ def timed(
 
 def turn(
     args: Any, model: PreTrainedModel, folder: Path, asked: Any, tokens: Sequence[int], batch: int
-) -> dict[str, tuple[float, float]]:
-    """Useful tokens a second and MiB of ours and of each peer; 0 MiB of vLLM, which is another process."""
-    out = {"ssgr": timed(ours, model, asked, tokens, batch)}
-    for peer in args.peers:
-        if peer == "vllm":
-            out[peer] = sum(tokens) / vllm(args, folder, asked, tokens, batch), 0.0
+) -> dict[str, tuple[float, float | None]]:
+    """Useful tokens a second and MiB of ours and of each peer; no MiB of vLLM, which is another process."""
+    out: dict[str, tuple[float, float | None]] = {}
+    for engine in ("ssgr", *args.peers):
+        if engine == "vllm":
+            out[engine] = sum(tokens) / vllm(args, folder, asked, tokens, batch), None
+        elif engine == "generate":
+            out[engine] = timed(generate, model, asked[:batch], tokens[:batch], batch)
         else:
-            out[peer] = timed(generate, model, asked[:batch], tokens[:batch], batch)
+            out[engine] = timed(ours, model, asked, tokens, batch)
+        print(f"  {engine} {out[engine][0]:.0f} tokens/s", flush=True)
     return out
 
 
@@ -148,9 +159,7 @@ def main() -> None:
     parser.add_argument(
         "--batches", type=lambda s: [int(n) for n in s.split(",")], default=[64], help="such as 1,16,64"
     )
-    parser.add_argument(
-        "--peers", type=lambda s: [n for n in s.split(",") if n], default=["generate"], help="generate, vllm"
-    )
+    parser.add_argument("--peers", type=peers, default=["generate"], help="generate, vllm, or nothing: ''")
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], help="of the weights: bfloat16, and float32, its own, with --tiny"
     )
@@ -178,10 +187,10 @@ def main() -> None:
             at = {"case": case, "batch": batch}
             turns = [turn(args, model, folder, asked, tokens, batch) for _ in range(args.repeat)]
             for engine in turns[0]:
-                each = [one[engine] for one in turns]
-                rate, mib = statistics.median(rate for rate, _ in each), max(mib for _, mib in each)
+                rate = statistics.median(one[engine][0] for one in turns)
+                mib = max(one[engine][1] or 0.0 for one in turns) or None
                 rates.append({"engine": engine, **at, "rate": rate, "mib": mib})
-                told = f"{case}, batch {batch}: {engine} {rate:.0f} tokens/s, {mib:.0f} MiB"
+                told = f"{case}, batch {batch}: {engine} {rate:.0f} tokens/s" + (f", {mib:.0f} MiB" if mib else "")
                 if engine != "ssgr":
                     by_turn = [one["ssgr"][0] / one[engine][0] for one in turns]
                     ratio = statistics.median(by_turn)

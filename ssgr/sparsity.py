@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 Compare: TypeAlias = Literal["row", "layer"]
-_FEW = (
-    1 << 14
-)  # scores whose groups are sorted, one by one; of more, all groups are compared at once, in a third of the time
+_FEW = 1 << 14  # scores: of fewer the groups are sorted; of more all are compared at once (2:4: a third of the time)
 
 
 def check_compare(compare: str) -> None:
@@ -154,9 +152,7 @@ class NM:
             kept = score_OGM.topk(self.n, dim=2).indices
             return torch.zeros_like(score_OGM, dtype=torch.bool).scatter_(2, kept, True).view(outputs, inputs)
         score_MOG = score_OGM.movedim(2, 0).contiguous()
-        better_MOG = torch.zeros(
-            score_MOG.shape, dtype=torch.int16, device=score_OI.device
-        )  # how many of its group are
+        better_MOG = torch.zeros_like(score_MOG, dtype=torch.int16)  # how many of its group come before each
         for i in range(1, self.m):
             better = score_MOG[:i] > score_MOG[i]
             better_MOG[i] += better.sum(0, dtype=torch.int16)

@@ -45,11 +45,13 @@ def _attend(
     plain = attention_mask is None and causal and kwargs.get("position_bias") is None and key.shape[2] == tokens > 1
     if not plain or query.dtype != torch.bfloat16 or torch.is_grad_enabled():
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    groups, scale = key.shape[1], size**-0.5 if scaling is None else scaling
+    groups = key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
     query_NKGTD = query.view(rows, groups, heads // groups, tokens, size)
     out_NTKGD = query.new_empty(rows, tokens, groups, heads // groups, value.shape[-1])
     key_LTD, value_LTD = (x.contiguous().flatten(0, 1) for x in (key, value))
-    key_LDT, nothing = key_LTD.float().mT, torch.zeros(1, 1, 1, device=key.device)
+    key_LDT = key_LTD.float().mT
+    nothing = torch.zeros(1, 1, 1)  # what is added to a product that is scaled as it is formed
     with bfloat16_products():
         for first in range(0, tokens, _BLOCK):
             stop = min(first + _BLOCK, tokens)

@@ -3,7 +3,7 @@
 Rows of very different length share a step, so attention reads the cache by shelves: the slots are kept in order of length,
 longest first, and each quarter of them is read as far as its own longest row.
 
-Shapes: N rows, H heads, K key-value heads, G heads a key-value head, T tokens, D head dimension, S slots.
+Shapes: N rows, H heads, K key-value heads, L = N x K, G heads a key-value head, T tokens, D head dimension, S slots.
 """
 
 from __future__ import annotations
@@ -104,9 +104,7 @@ class Slots:
         self.rows: list[_Row] = []
         self.length_N = np.zeros(size, dtype=np.int64)  # tokens whose keys and values are there
         self.which_N = self.at_N = torch.empty(0, dtype=torch.long)
-        self.shelves: list[
-            tuple[int, int, int, Tensor | None]
-        ] = []  # first and last slot, tokens, -inf at what is none
+        self.shelves: list[tuple[int, int, int, Tensor | None]] = []  # first and last slot, tokens, bias
 
     @property
     def reach(self) -> int:
@@ -156,7 +154,7 @@ class Slots:
         for first, last in self._bounds():
             own_N = length_N[first:last] + 1
             tokens = int(own_N.max())
-            bias = None
+            bias = None  # minus infinity at what is no token
             if (over_NT := np.arange(tokens) >= own_N[:, None]).any():
                 bias = torch.zeros(over_NT.shape, dtype=self.layers[0].room_k.dtype, device=device)
                 bias = bias.masked_fill_(torch.from_numpy(over_NT).to(device), float("-inf"))[:, None, None]
@@ -228,13 +226,13 @@ def _attend(
             parts = query_NKGD[first:last], key[first:last, :, :tokens], value[first:last, :, :tokens]
             out.append(scaled_dot_product_attention(*parts, attn_mask=bias, scale=1.0))
         return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
-    query, key, value = query_NKGD.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    query_LGD, key_LTD, value_LTD = (x.flatten(0, 1) for x in (query_NKGD, key, value))
     for first, last, tokens, bias in slots.shelves:
         part = slice(first * kv_heads, last * kv_heads)
-        score = torch.bmm(query[part], key[part, :tokens].mT)
+        score_LGT = query_LGD[part] @ key_LTD[part, :tokens].mT
         if bias is not None:
-            score.view(last - first, 1, -1, tokens).add_(bias)
-        out.append(torch.bmm(score.softmax(-1), value[part, :tokens]))
+            score_LGT.view(last - first, 1, -1, tokens).add_(bias)
+        out.append(score_LGT.softmax(-1) @ value_LTD[part, :tokens])
     return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
 
 

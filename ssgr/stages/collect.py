@@ -71,13 +71,12 @@ class Sums:
     def add(self, x_TI: Tensor, w_T: Tensor | None) -> None:
         """Add tokens (T, I) with weights."""
         exact = w_T is None and x_TI.dtype == torch.bfloat16 and x_TI.device.type == "cpu" and native(x_TI.dtype)
-        given_TI, x_TI = x_TI, x_TI.float()
+        x_TI = x_TI.float()
         wx_TI = x_TI if w_T is None else x_TI * w_T[:, None]
         self.tokens += len(x_TI) if w_T is None else float(w_T.double().sum())
         self.sum_I += wx_TI.sum(0)
         if self.gram_II is None:
-            square_TI = torch.mul(wx_TI, x_TI, out=None if x_TI is given_TI else x_TI)  # in a copy, where there is one
-            self.square_I += square_TI.sum(0)
+            self.square_I += (wx_TI * x_TI).sum(0)
             return
         with bfloat16_products() if exact else nullcontext():
             for first in range(0, x_TI.shape[1], _STRIP):

@@ -113,7 +113,7 @@
         save(URL.createObjectURL(new Blob([csv(content(`data-${figure.dataset.figure}`))], { type: "text/csv" })), file);
         return;
       }
-      await (drawing.get(figure) ?? draw(figure));
+      while (!figure.dataset.drawn) await (drawing.get(figure) ?? draw(figure));
       save(await drawn.get(figure).view.toImageURL(what, what === "png" ? 3 : 1), file);
     });
   }
