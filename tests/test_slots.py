@@ -126,6 +126,19 @@ def test_the_longest_rows_keep_the_first_shelves() -> None:
     assert read <= 1.1 * least
 
 
+def test_room_grows_with_the_rows_and_not_past_what_they_may_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, decoding = made("qwen2"), ragged(), Decoding(1, 0.9, 0.95, 60, 0)
+    want = by_id([trace for some in slots.decode(model, asked, decoding, frozenset({2}), 4) for trace in some])
+    rooms: list[int] = []
+    larger = slots._Layer._larger
+    monkeypatch.setattr(slots._Layer, "_larger", lambda *args: (rooms.append(args[-1]), larger(*args))[1])
+    monkeypatch.setattr(slots, "_ROOM", 4)
+    got = by_id([trace for some in slots.decode(model, asked, decoding, frozenset({2}), 4) for trace in some])
+    assert got == want
+    assert len(set(rooms)) > 1, "it grew"
+    assert max(rooms) <= max(len(request.prompt_ids) + request.most(decoding) for request in asked)
+
+
 def test_traces_come_as_they_are_finished(tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = requests(tokenizer, problems=20)

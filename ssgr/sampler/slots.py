@@ -31,7 +31,7 @@ from ssgr.sampler.nucleus import pick, uniforms
 
 _NAME = "ssgr_slots"
 _SHELVES, _FEW = 4, 8  # shelves of slots; of so few rows there is one
-_ROOM = 128  # tokens that a slot has room for at first; it is doubled when one row needs more
+_ROOM = 128  # tokens that a slot has room for at first, or twice the longest prompt; doubled when a row needs more
 _PREFILL = 4096  # padded tokens of prompts in one forward pass
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 
@@ -51,7 +51,7 @@ class _Row:
 
     request: Request
     seed: int
-    uniform_T: Tensor
+    uniform_T: np.ndarray[tuple[int], np.dtype[np.float64]]
     limit: int
     next_id: int
     before: tuple[int, ...]  # what the model has seen when `next_id` comes
@@ -68,25 +68,27 @@ class _Layer(DynamicLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write one token of each row, (N, K, 1, D), behind those that its slot holds."""
-        slots = self.slots
-        self.make_room(key_states, value_states, slots.reach)
-        self.room_k[slots.which_N, :, slots.at_N] = key_states[:, :, 0]
-        self.room_v[slots.which_N, :, slots.at_N] = value_states[:, :, 0]
+        self.make_room(key_states, value_states, self.slots.reach)
+        at_L = self.slots.places(*self.room_k.shape[1:3])
+        for room, states in ((self.room_k, key_states), (self.room_v, value_states)):
+            room.view(-1, room.shape[-1]).index_copy_(0, at_L, states.reshape(-1, room.shape[-1]))
         return self.room_k, self.room_v
 
     def make_room(self, key_states: Tensor, value_states: Tensor, tokens: int) -> None:
         """Have room for `tokens` in each slot."""
         have = self.room_k.shape[-2] if self.room_k.numel() else 0
         if tokens > have:
-            new = max(_ROOM, 2 * have, tokens)
+            new = max(tokens, min(self.slots.most, max(_ROOM, 2 * (have or tokens))))
             self.room_k, self.room_v = (
                 self._larger(old, like, new) for old, like in ((self.room_k, key_states), (self.room_v, value_states))
             )
 
     def _larger(self, old: Tensor, like: Tensor, tokens: int) -> Tensor:
-        new = like.new_zeros(self.slots.size, like.shape[1], tokens, like.shape[3])
+        new, have = like.new_empty(self.slots.size, like.shape[1], tokens, like.shape[3]), 0
         if old.numel():
-            new[:, :, : old.shape[-2]] = old
+            have = old.shape[-2]
+            new[:, :, :have] = old
+        new[:, :, have:] = 0  # what is read beside a row's own tokens must be finite
         return new
 
     def get_seq_length(self) -> int:
@@ -96,20 +98,28 @@ class _Layer(DynamicLayer):
 class Slots:
     """The rows that are decoded together, each with a slot of the cache; the first slots hold the longest."""
 
-    def __init__(self, model: PreTrainedModel, size: int) -> None:
-        self.model, self.size = model, size
+    def __init__(self, model: PreTrainedModel, size: int, most: int) -> None:
+        self.model, self.size, self.most = model, size, most  # no row will have more tokens
         self.cache = DynamicCache(config=model.config)
         self.layers = [_Layer(self) for _ in self.cache.layers]
         self.cache.layers = list(self.layers)
         self.rows: list[_Row] = []
         self.length_N = np.zeros(size, dtype=np.int64)  # tokens whose keys and values are there
-        self.which_N = self.at_N = torch.empty(0, dtype=torch.long)
+        self.at_N = torch.empty(0, dtype=torch.long)
+        self._places: dict[tuple[int, int], Tensor] = {}
         self.shelves: list[tuple[int, int, int, Tensor | None]] = []  # first and last slot, tokens, bias
 
     @property
     def reach(self) -> int:
         """Tokens of the longest row, with the one that is being decoded."""
         return int(self.length_N[: len(self.rows)].max(initial=-1)) + 1
+
+    def places(self, kv_heads: int, room: int) -> Tensor:
+        """Where the tokens of this step go, (L,), in the cache of a layer that is seen as (S x K x `room`, D)."""
+        if (kv_heads, room) not in self._places:
+            head_L = torch.arange(len(self.at_N) * kv_heads, device=self.at_N.device)
+            self._places[kv_heads, room] = head_L * room + self.at_N.repeat_interleave(kv_heads)
+        return self._places[kv_heads, room]
 
     @torch.inference_mode()
     def enter(self, rows: Sequence[_Row]) -> None:
@@ -149,7 +159,7 @@ class Slots:
         """Pass the next token of every row through the model, and draw the one after it."""
         count, device = len(self.rows), self.model.device
         length_N = self.length_N[:count]
-        self.which_N, self.at_N = torch.arange(count, device=device), torch.tensor(length_N, device=device)
+        self.at_N, self._places = torch.tensor(length_N, device=device), {}
         self.shelves = []
         for first, last in self._bounds():
             own_N = length_N[first:last] + 1
@@ -229,10 +239,10 @@ def _attend(
     query_LGD, key_LTD, value_LTD = (x.flatten(0, 1) for x in (query_NKGD, key, value))
     for first, last, tokens, bias in slots.shelves:
         part = slice(first * kv_heads, last * kv_heads)
-        score_LGT = query_LGD[part] @ key_LTD[part, :tokens].mT
+        score_LGT = torch.bmm(query_LGD[part], key_LTD[part, :tokens].mT)
         if bias is not None:
             score_LGT.view(last - first, 1, -1, tokens).add_(bias)
-        out.append(score_LGT.softmax(-1) @ value_LTD[part, :tokens])
+        out.append(torch.bmm(score_LGT.softmax(-1), value_LTD[part, :tokens]))
     return torch.cat(out).reshape(rows, 1, heads, value.shape[-1]), None
 
 
@@ -258,7 +268,8 @@ def decode(
 
     A row's draws depend on its seed alone, not on what it is decoded with (up to rounding in the forward pass).
     """
-    waiting, slots = deque(requests), Slots(model, min(size, len(requests)))
+    most = max((len(request.prompt_ids) + request.most(decoding) for request in requests), default=0)
+    waiting, slots = deque(requests), Slots(model, min(size, len(requests)), most)
     while waiting or slots.rows:
         done: list[Trace] = []
         due = time.monotonic() + _YIELD_SECONDS
@@ -279,7 +290,7 @@ def decode(
 def _row(request: Request, decoding: Decoding) -> _Row:
     seed, limit = request.seed(decoding.seed), request.most(decoding)
     *before, last = request.prompt_ids + request.begun
-    return _Row(request, seed, uniforms(seed, limit), limit, last, tuple(before), list(request.begun))
+    return _Row(request, seed, uniforms(seed, limit).numpy(), limit, last, tuple(before), list(request.begun))
 
 
 def _ends(row: _Row, token: int, stop: frozenset[int]) -> bool:
