@@ -32,7 +32,7 @@ from ssgr.sampler.nucleus import pick, uniforms
 _NAME = "ssgr_slots"
 _SHELVES, _FEW = 4, 8  # shelves of slots; of so few rows there is one
 _ROOM = 128  # tokens that a slot has room for at first, or twice the longest prompt; doubled when a row needs more
-_PREFILL = 4096  # padded tokens of prompts in one forward pass
+_PREFILL = 2048  # padded tokens of prompts in one forward pass
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 
 
