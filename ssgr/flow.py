@@ -253,7 +253,6 @@ class Flow:
             (work / RESULT).write_text(json.dumps(to_json(result), indent=1))
             own = {**inputs, "prune": keys.key("prune", prune.VERSION, config, inputs)}
             self._write_card(work / CHECKPOINT, result, config, None if blind else _calibration(chosen), own)
-            prune.finish(work)
 
         return self._stage("prune", "prune", prune.VERSION, config, inputs, make)
 

@@ -11,24 +11,26 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from ssgr import pipeline, store
 from ssgr.model import Model
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import NM, Unstructured
 from ssgr.stages.plan import Memory
-from ssgr.stages.prune import Passing, check, finish, prune
+from ssgr.stages.prune import Passing, check, prune
 from ssgr.stages.solve import Solver
 from ssgr.stages.statistics import collect
 from ssgr.store import Store
 from tests.conftest import ROOT, random_model
+from tests.test_configs import build
 from tests.test_prune import calibration, uniform
 
 HALF = Unstructured(0.5)
@@ -209,10 +211,34 @@ def test_a_shard_that_is_lost_between_two_runs_is_made_again(
     source, work = saved(tmp_path / "source"), tmp_path / "work"
     prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), work)
     whole = weights(work / "checkpoint")
-    assert (work / "blocks.json").exists()  # until the result is written
     (work / "checkpoint" / sorted(whole)[2]).unlink()
     prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), work)
     assert weights(work / "checkpoint") == whole
+
+
+def test_what_stops_after_the_last_block_solves_none_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store reads all shards once more before a result is there, which takes long where they are large."""
+    solved: list[int] = []
+    block, seal = Solver.block, store._seal
+    monkeypatch.setattr(Solver, "block", lambda self, i, *rest: solved.append(i) or block(self, i, *rest))
+
+    def full(work: Path) -> dict[str, dict[str, Any]]:
+        if work.parent.name == "prune":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(work))
+        return seal(work)
+
+    experiment = build("pruner=magnitude", "calib=corpus", "budget.tokens=500", "device=cpu", f"store.path={tmp_path}")
+    shelf = Store(tmp_path)
+    planned = [p.key for p in pipeline.plan(experiment, shelf) if p.stage in ("select", "prune")]
+    monkeypatch.setattr(store, "_seal", full)
+    with pytest.raises(ValueError, match="the disk is full"):
+        pipeline.make(experiment, shelf, planned)
+    assert solved
+    monkeypatch.setattr(store, "_seal", seal)
+    solved.clear()
+    pipeline.make(experiment, shelf, planned)
+    seconds = json.loads(next(tmp_path.glob("prune/*/prune.json")).read_text())["seconds"]
+    assert not solved and seconds["solve"] > 0
 
 
 def test_the_peak_does_not_grow_with_the_depth(tmp_path: Path) -> None:
@@ -298,7 +324,6 @@ def test_a_disk_that_fills_up_in_the_middle(
 
     def make(work: Path) -> None:
         prune(source, tokenizer, calibration(), uniform(SparseGPT(), HALF), Memory(1), work, Passing("pruned", order))
-        finish(work)
 
     make(tmp_path / "whole")
     whole = weights(tmp_path / "whole" / "checkpoint")

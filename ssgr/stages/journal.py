@@ -1,4 +1,7 @@
-"""Journal: what of a prune is on the disk, so that a killed one goes on where it was."""
+"""Journal: what of a prune is on the disk, so that a killed one goes on where it was.
+
+It stays with the result: what comes after the last block, such as the checksums of all shards, can be cut off too.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,8 @@ class Journal:
             self.replica = Replica(walk.source, folder)
             self._read()
             if self.replica.fresh:
-                clear(work)  # before a file is begun: what it says of lost files must not outlive them
+                for name in (_DONE, _RATIOS):
+                    (work / name).unlink(missing_ok=True)  # before a file is begun: what it says of lost files must not outlive them
             self.replica.begin()
             self.replica.copy_rest()
         walk.ranks.meet()
@@ -46,6 +50,7 @@ class Journal:
         found = json.loads(file.read_text())
         if found["source"] != self.source:
             raise changed(self.walk, self.work)
+        self.walk.seconds.update(found.get("seconds", {}))
         return [[read_layer(one) for one in layers] for layers in found["blocks"]]
 
     def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -67,6 +72,7 @@ class Journal:
         if self.walk.ranks.rank:
             return lambda: None
         values = dict(block.named_parameters())
+        seconds = dict(self.walk.seconds)
         changed = {matrix.parameter: values[matrix.parameter].detach() for matrix in layers.values()}
 
         def keep() -> None:
@@ -75,7 +81,7 @@ class Journal:
                 written |= self.walk.layout.split(self.walk.full(i, name), value)
             self.replica.write(written)
             self.replica.copy(set(self.walk.stored(i)) - set(written))
-            files.write_json(self.work / _DONE, {"source": self.source, "blocks": done})
+            files.write_json(self.work / _DONE, {"source": self.source, "seconds": seconds, "blocks": done})
 
         return keep
 
@@ -104,8 +110,3 @@ def changed(walk: Walk, work: Path) -> ValueError:
         f"{work} to begin again"
     )
 
-
-def clear(work: Path) -> None:
-    """Remove the journal."""
-    for name in (_DONE, _RATIOS):
-        (work / name).unlink(missing_ok=True)

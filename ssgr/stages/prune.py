@@ -196,11 +196,6 @@ def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
         return {}
 
 
-def finish(work: Path) -> None:
-    """Remove the journal, once the result has been written."""
-    journal.clear(work)
-
-
 def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
     """See that `model` (with or without weights) can be pruned this way.
 
