@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 
@@ -37,13 +38,14 @@ class Thinking:
             )
 
     def part(self, tokenizer: Any, prompt_ids: Sequence[int], generated_ids: Sequence[int]) -> Part:
-        """The answer part of a response, as text without the final stop token.
+        """The answer part of a response, as text without the special tokens at its end, such as the one that stopped it.
 
         A tag that is one token of the vocabulary is looked for among the ids: the same signs written out in other tokens
         are no tag. Other tags are looked for in the text.
         """
         ids = list(generated_ids)
-        while ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        closes = tokenizer.convert_tokens_to_ids(self.end) if self.end else None
+        while ids and ids[-1] in _special(tokenizer) and ids[-1] != closes:
             ids.pop()
         if not self.end:
             return Part(0, tokenizer.decode(ids))
@@ -69,6 +71,13 @@ class Thinking:
         assert self.end
         opened, rest = _after(tokenizer, prompt_ids, self.start)
         return rest is not None and _after(tokenizer, prompt_ids[opened:], self.end)[1] is None
+
+
+@lru_cache(8)
+def _special(tokenizer: Any) -> frozenset[int]:
+    """Every special token: models end with others than the tokenizer's own (Gemma's <end_of_turn>, Phi-3's <|end|>)."""
+    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return frozenset({tokenizer.eos_token_id, tokenizer.pad_token_id, *added} - {None})
 
 
 def _after(tokenizer: Any, ids: Sequence[int], tag: str) -> tuple[int, str | None]:

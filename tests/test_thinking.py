@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from dataclasses import replace
@@ -51,6 +52,18 @@ def byte_tokenizer(*tags: str, bos: bool = False, template: str = CHATML) -> Any
 
 def ids(tokenizer: Any, text: str) -> tuple[int, ...]:
     return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def test_special_tokens_at_the_end_are_no_answer() -> None:
+    """Gemma ends its turns with another token than the tokenizer's own; one that closes the thinking stays."""
+    tokenizer = copy.deepcopy(byte_tokenizer("</think>"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    other = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    for end in ((other,), (other, tokenizer.eos_token_id), ()):
+        assert THINK.part(tokenizer, (), (*ids(tokenizer, "so</think>Paris"), *end)).answer == "Paris"
+        assert Thinking(None, None).part(tokenizer, (), (*ids(tokenizer, "Paris"), *end)).answer == "Paris"
+    tokenizer.add_tokens([AddedToken("</think>", special=True)], special_tokens=True)
+    assert THINK.part(tokenizer, (), (*ids(tokenizer, "so</think>"), other)).answer == ""
 
 
 @pytest.mark.parametrize("tags", [("<think>", "</think>"), ()], ids=["one token", "several tokens"])
@@ -147,7 +160,7 @@ def test_an_unclosed_response_has_no_answer_and_is_counted() -> None:
     graded = grade(traces, [Problem("p", "q", "7")], tokenizer, Exact(), THINK)
     assert [g.verdict for g in graded] == [Verdict.RIGHT, Verdict.NO_ANSWER, Verdict.WRONG]
     assert [g.closed for g in graded] == [True, False, True]
-    found = score("b", outcomes(graded), 1.0)
+    found = score("b", outcomes(graded), 1.0, 1)
     assert found.unclosed == found.no_answer == pytest.approx(1 / 3)
 
 

@@ -13,7 +13,7 @@ from ssgr.thinking import Thinking
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 4
+VERSION = 5
 GRADED = "graded.parquet"
 _CHUNK = 2000  # answers between two marks of progress
 
