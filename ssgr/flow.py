@@ -284,7 +284,7 @@ class Flow:
             attempts = evaluate.outcomes(each)
             tables.write_outcomes(work / evaluate.OUTCOMES, attempts)
             tables.write_texts(work / evaluate.TEXTS, evaluate.texts(each, read, self.tokenizer))
-            found = evaluate.score(bench.name, attempts, sample.seconds(sampled.path))
+            found = evaluate.score(bench.name, attempts, *sample.spent(sampled.path))
             (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))
 
         config = {"bench": bench.name}

@@ -78,7 +78,7 @@ def _plain(record: Any) -> dict[str, Any]:
 def _write(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
     beside = path.with_suffix(".tmp")
     with open(beside, "wb") as file:
-        pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, schema), file, compression="zstd", write_page_checksum=True)
         file.flush()
         os.fsync(file.fileno())  # a rename must not reach the disk before what it names
     os.replace(beside, path)
@@ -91,7 +91,7 @@ def columns(path: Path) -> list[str]:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = pq.read_table(path).to_pylist()
+    rows: list[dict[str, Any]] = pq.read_table(path, page_checksum_verification=True).to_pylist()
     return rows
 
 

@@ -81,11 +81,11 @@ def test_majority() -> None:
 
 def test_score_counts() -> None:
     attempts = [outcome("a", 0, True), outcome("a", 1, False, tokens=30), outcome("b", 0, True), outcome("b", 1, True)]
-    found = score("x", attempts, 2.0)
+    found = score("x", attempts, 2.0, 100)
     assert (found.problems, found.attempts, found.accuracy) == (2, 2, 0.75)
     assert found.pass_at_k == {"1": 0.75, "2": 1.0}
     assert found.maj_at_k == 0.75
-    assert (found.mean_tokens, found.tokens_per_second) == (15, 30)
+    assert (found.mean_tokens, found.tokens_per_second) == (15, 50)
     assert found.by_level == {"1": 0.75}
 
 
@@ -101,7 +101,7 @@ def test_how_responses_end_is_told() -> None:
             graded((1, 2, 3), "stop", Verdict.GRADER_FAILED),
         ]
     )
-    found = score("x", attempts, 1.0)
+    found = score("x", attempts, 1.0, 1)
     assert (found.truncated, found.looping, found.no_answer, found.grader_failed) == (0.5, 0.25, 0.5, 0.25)
 
 

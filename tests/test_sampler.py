@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from scipy import stats
@@ -19,7 +20,7 @@ from ssgr.sampler.batch import decode
 from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.nucleus import pick
 from ssgr.sampler.replay import ReplaySampler
-from ssgr.stages.sample import sample, seconds
+from ssgr.stages.sample import sample, spent
 from ssgr.tables import read_traces, write_traces
 from tests.conftest import TINY, Loaded, random_model
 
@@ -128,9 +129,9 @@ def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBa
         list(HfSampler(2).sample(Loaded(random_model()), tokenizer, rows, Decoding(1, 0.6, 0.95, 60, 0)))
 
 
-@pytest.mark.parametrize("damaged", [0, 1])
+@pytest.mark.parametrize("damaged", [None, "cut", "flipped", "blank"])
 def test_a_killed_run_samples_only_what_is_missing(
-    damaged: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    damaged: str | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     problems = ArithmeticProblems((1,), 1, 6, 5).read("test")
 
@@ -163,19 +164,27 @@ def test_a_killed_run_samples_only_what_is_missing(
     with pytest.raises(Killed):
         sample(TINY, tokenizer, prompt, problems, Dying(), SAMPLING, tmp_path)
     assert not (tmp_path / "traces.parquet").exists()
-    for part in sorted((tmp_path / "parts").iterdir())[:damaged]:
-        part.write_bytes(part.read_bytes()[:100])
+    part = sorted((tmp_path / "parts").iterdir())[0]
+    dropped = sum(len(trace.generated_ids) for trace in read_traces(part)) if damaged else 0
+    content = bytearray(part.read_bytes())
+    ids = pq.ParquetFile(part).metadata.row_group(0).column(3)
+    place = ids.dictionary_page_offset + ids.total_compressed_size // 4
+    if damaged == "flipped":
+        content[place] ^= 1
+    elif damaged == "blank":
+        content[place : place + 64] = bytes(64)
+    part.write_bytes(content[:100] if damaged == "cut" else content)
     second = Counting()
     got = sample(TINY, tokenizer, prompt, problems, second, SAMPLING, tmp_path)
-    assert second.asked == 12 - 8 + 4 * damaged
-    assert caplog.text.count("is damaged") == damaged
+    assert second.asked == 12 - 8 + 4 * bool(damaged)
+    assert caplog.text.count("is damaged") == bool(damaged)
     other = tmp_path / "undisturbed"
     other.mkdir()
     assert got == sample(TINY, tokenizer, prompt, problems, HfSampler(4), SAMPLING, other)
-    spent = seconds(tmp_path)
-    assert spent > 0
+    seconds, drawn = spent(tmp_path)
+    assert seconds > 0 and drawn == sum(len(trace.generated_ids) for trace in got) + dropped
     again = sample(NEVER, tokenizer, prompt, problems, HfSampler(4), SAMPLING, tmp_path)  # killed while published
-    assert again == got and seconds(tmp_path) == spent
+    assert again == got and spent(tmp_path) == (seconds, drawn)
     assert read_traces(tmp_path / "traces.parquet") == got
 
 

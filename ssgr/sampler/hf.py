@@ -23,7 +23,7 @@ class HfSampler:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
-            raise ValueError(f"sampler.batch_size={self.batch_size}: at least one row is decoded at a time")
+            raise ValueError(f"sampler.engine.batch_size={self.batch_size}: at least one row is decoded at a time")
 
     def sample(
         self,

@@ -21,7 +21,7 @@ from ssgr.sampler import Decoding, Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 3
+VERSION = 4
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
@@ -118,8 +118,11 @@ def texts(graded: Sequence[Graded], problems: Sequence[Problem], tokenizer: PreT
     ]
 
 
-def score(bench: str, attempts: Sequence[Outcome], seconds: float) -> Score:
-    """The score of a model: avg@k with its interval, pass@k, maj@k and how the responses ended."""
+def score(bench: str, attempts: Sequence[Outcome], seconds: float, drawn: int) -> Score:
+    """The score of a model: avg@k with its interval, pass@k, maj@k and how the responses ended.
+
+    `drawn` tokens were sampled in `seconds`: of attempts that were taken from other runs neither is known.
+    """
     by_problem: dict[str, list[Outcome]] = defaultdict(list)
     for one in attempts:
         by_problem[one.problem_id].append(one)
@@ -149,7 +152,7 @@ def score(bench: str, attempts: Sequence[Outcome], seconds: float) -> Score:
         unclosed=_share(attempts, lambda o: not o.closed),
         grader_failed=_share(attempts, lambda o: o.verdict is Verdict.GRADER_FAILED),
         seconds=seconds,
-        tokens_per_second=tokens / seconds if seconds else 0.0,
+        tokens_per_second=drawn / seconds if seconds else 0.0,
         by_level={k: float(np.mean(v)) for k, v in sorted(levels.items())},
     )
 

@@ -19,11 +19,12 @@ from ssgr.loadable import Loadable
 from ssgr.progress import Progress
 from ssgr.records import Problem, Trace
 from ssgr.sampler import Decoding, Request, Sampler
+from ssgr.stages import heap
 from ssgr.tables import read_traces, write_traces
 
 _log = logging.getLogger("ssgr")
 VERSION = 1
-TRACES, SECONDS = "traces.parquet", "seconds.json"
+TRACES, SPENT = "traces.parquet", "spent.json"
 
 
 def sample(
@@ -47,7 +48,10 @@ def sample(
     """
     parts, whole = work / "parts", work / TRACES
     parts.mkdir(exist_ok=True)
-    saved = [whole] if whole.exists() else sorted(parts.glob("*.parquet"))  # whole: killed while it was published
+    saved = [
+        *sorted(parts.glob("*.parquet")),
+        *([whole] if whole.exists() else []),
+    ]  # whole: killed while it was published
     have = {(t.problem_id, t.attempt): t for part in saved for t in _saved(part)}
     asked = {(problem.id, attempt) for problem in problems for attempt in range(decoding.attempts)}
     taken, begun = _taken(earlier() if asked - have.keys() else (), asked - have.keys(), decoding.max_new_tokens)
@@ -62,13 +66,18 @@ def sample(
     ]
     missing = [r for r in requests if (r.problem_id, r.attempt) not in have]
     if missing:
-        start, tokens, before = time.perf_counter(), 0, seconds(work)
-        with Progress(what, len(requests), len(requests) - len(missing)) as progress:
+        start, tokens, (seconds, drawn) = time.perf_counter(), 0, spent(work)
+        told, kept = Progress(what, len(requests), len(requests) - len(missing)), heap.reused()
+        with (
+            told as progress,
+            kept,
+            heap.enough("type a smaller sampler.engine.batch_size, or bench.engine.batch_size"),
+        ):
             for batch in sampler.sample(checkpoint, tokenizer, missing, decoding):
                 write_traces(parts / f"{uuid.uuid4().hex}.parquet", batch)
-                _write_beside(work / SECONDS, json.dumps(before + time.perf_counter() - start))
+                tokens += sum(len(t.generated_ids) - len(begun.get((t.problem_id, t.attempt), ())) for t in batch)
+                _write_beside(work / SPENT, json.dumps([seconds + time.perf_counter() - start, drawn + tokens]))
                 have |= {(t.problem_id, t.attempt): t for t in batch}
-                tokens += sum(len(t.generated_ids) for t in batch)
                 progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -102,16 +111,17 @@ def _saved(part: Path) -> list[Trace]:
     """The traces of one finished batch; one that was damaged on its way to the disk is dropped, to be sampled again."""
     try:
         return read_traces(part)
-    except (pa.ArrowException, TypeError, KeyError) as error:
-        _log.warning("%s is damaged (%s); its traces are sampled again", part, str(error).splitlines()[0])
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
+        _log.warning("%s is damaged (%s); its traces are sampled again", part, str(error).partition("\n")[0])
         part.unlink()
         return []
 
 
-def seconds(folder: Path) -> float:
-    """Seconds of sampling behind the traces in `folder`, those of killed runs included; 0 if none were sampled."""
-    path = folder / SECONDS
-    return float(json.loads(path.read_text())) if path.exists() else 0.0
+def spent(folder: Path) -> tuple[float, int]:
+    """Seconds of sampling in `folder` and tokens that were drawn in them, those of killed runs included, of others none."""
+    path = folder / SPENT
+    seconds, tokens = json.loads(path.read_text()) if path.exists() else (0.0, 0)
+    return float(seconds), int(tokens)
 
 
 def _write_beside(path: Path, text: str) -> None:
