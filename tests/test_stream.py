@@ -24,6 +24,7 @@ from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
 from ssgr.sparsity import NM, Unstructured
+from ssgr.stages import heap, plan
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing, check, prune
 from ssgr.stages.solve import Solver
@@ -500,6 +501,58 @@ def test_a_prune_that_does_not_fit_is_refused_before_it_begins(
     with pytest.raises(ValueError, match=rf"prune needs .* of {what}, and .* are free; .*type "):
         prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work")
     assert not list((tmp_path / "work").iterdir())
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_plan_knows_the_memory_of_a_job(
+    version: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM and containers bound a group of processes, at any of its levels, and count the files that are cached for it."""
+    own, where, limit, used, cached = (
+        (
+            "4:cpu,memory:/job/step",
+            "memory/job",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+            "total_inactive_file",
+        )
+        if version == 1
+        else ("0::/job/step", "job", "memory.max", "memory.current", "inactive_file")
+    )
+    (tmp_path / "own").write_text(f"9:name=systemd:/\n{own}\n")
+    job = tmp_path / "groups" / where
+    (job / "step").mkdir(parents=True)
+    (job / "step" / limit).write_text("max\n")
+    for name, text in ((limit, "1000000"), (used, "950000"), ("memory.stat", f"anon 1\n{cached} 40000\nx 2")):
+        (job / name).write_text(text + "\n")
+    monkeypatch.setattr(plan, "_OWN", tmp_path / "own")
+    monkeypatch.setattr(plan, "_ROOT", tmp_path / "groups")
+    with pytest.raises(ValueError, match=r"of memory, and 0\.1 MiB are free; type order=block, memory"):
+        prune(
+            saved(tmp_path / "source"), tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work"
+        )
+
+
+def test_the_plan_knows_the_limits_of_the_process(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan.resource, "getrlimit", lambda kind: (100_000, 100_000))
+    with pytest.raises(
+        ValueError, match=r"of memory for a process \(ulimit\), and 0\.0 MiB are free; type order=block, memory"
+    ):
+        prune(
+            saved(tmp_path / "source"), tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work"
+        )
+
+
+def test_memory_that_ends_all_the_same_is_told() -> None:
+    with (
+        pytest.raises(ValueError, match=r"memory ended \(.*allocate memory.*\); type less; the same command"),
+        heap.enough("type less"),
+    ):
+        torch.empty(2**55)
+    with pytest.raises(RuntimeError, match="another"), heap.enough("type less"):
+        raise RuntimeError("another")
 
 
 def test_a_pinned_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

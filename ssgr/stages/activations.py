@@ -6,6 +6,7 @@ Shapes: N rows of a batch, T tokens (padded on the right), D hidden size.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -116,6 +117,11 @@ def groups(rows: Sequence[Passage]) -> list[list[int]]:
 def padded_tokens(rows: Sequence[Passage]) -> int:
     """Tokens of all batches with their padding."""
     return sum(len(group) * len(rows[group[-1]].ids) for group in groups(rows))
+
+
+def largest_batch(rows: Sequence[Passage]) -> tuple[int, int]:
+    """Rows and padded tokens of a row of the batch that has the most tokens."""
+    return max(((len(group), len(rows[group[-1]].ids)) for group in groups(rows)), key=math.prod, default=(0, 0))
 
 
 def first_inputs(

@@ -36,7 +36,9 @@ class Journal:
             self._read()
             if self.replica.fresh:
                 for name in (_DONE, _RATIOS):
-                    (work / name).unlink(missing_ok=True)  # before a file is begun: what it says of lost files must not outlive them
+                    (work / name).unlink(
+                        missing_ok=True
+                    )  # before a file is begun: what it says of lost files must not outlive them
             self.replica.begin()
             self.replica.copy_rest()
         walk.ranks.meet()
@@ -109,4 +111,3 @@ def changed(walk: Walk, work: Path) -> ValueError:
         f"{walk.source.directory}: the model changed since this work began; bring back the files as they were, or remove "
         f"{work} to begin again"
     )
-

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import resource
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,11 +15,17 @@ import torch
 
 from ssgr.model.blocks import Matrix, outside
 from ssgr.pruner import Statistic
-from ssgr.stages.activations import Passage, padded_tokens
+from ssgr.stages.activations import Passage, largest_batch, padded_tokens
 from ssgr.stages.ranks import Crew
 from ssgr.stages.walk import Walk
 
 _GIB, _FLOAT, _DOUBLE = 2**30, 4, 8  # bytes
+_OWN, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # control groups of this process, and all of them
+_GROUPS = {
+    "": ("", "memory.max", "memory.current"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+REMEDY = "type order=block, memory.activations_gib=0, or a smaller budget.tokens or budget.max_row_tokens"
 _log = logging.getLogger("ssgr")
 
 
@@ -73,34 +81,41 @@ def plan(
     """Say what passing `rows` through the model needs, and `disk` bytes in `folder`; whether activations need a file.
 
     Where the rows pause inside a block, all of them are there in its middle at once: about three times their hidden states
-    and the widest input of a matrix.
+    and the widest input of a matrix. A batch that runs takes about four times its own, in float32.
 
     Raises:
         ValueError: the disk, the host or the device has less.
     """
     streams = len({name for row in rows for name, *_ in row.spans})
     size = torch.empty(0, dtype=walk.dtype).element_size()
+    config = walk.model.config.get_text_config()
     block = max(sum(p.numel() for p in b.parameters()) for b in walk.blocks) * size
     before = sum(p.numel() for p in outside(walk.model, walk.decoder).values()) * size
     kept = streams * max(sum(_DOUBLE * _numbers(statistic, m) for m in inputs(own)) for own in layers)
     every = [m for own in layers for m in own.values()]
     work = max(3 * _FLOAT * m.shape[0] * m.shape[1] + 4 * _FLOAT * _numbers(statistic, m) for m in every)
-    hidden = getattr(walk.model.config.get_text_config(), "hidden_size", 0) * size
+    hidden = getattr(config, "hidden_size", 0)
     tokens = padded_tokens(rows) // walk.ranks.count
-    activations = tokens * hidden
-    inside = tokens * (3 * hidden + size * max(m.shape[1] for m in every)) if pauses else 0
+    activations = tokens * hidden * size
+    inside = tokens * (3 * hidden + max(m.shape[1] for m in every)) * size if pauses else 0
+    together, length = largest_batch(rows)
+    batch = 4 * _FLOAT * together * length * (hidden + max(max(m.shape) for m in every))
+    if config._attn_implementation == "eager":  # it writes its scores out
+        batch += 2 * _FLOAT * together * getattr(config, "num_attention_heads", 1) * length**2
     mapped = activations > memory.activations_gib * _GIB
-    device = max(block + kept + inside + (work if solves else 0), block + before if rows else 0)
+    device = max(block + kept + inside + max(batch, work if solves else 0), block + before + batch if rows else 0)
     host = (0 if mapped else activations) + (device + block if walk.device.type == "cpu" else 2 * block)
-    disk += activations if mapped else 0
+    disk += activations * walk.ranks.count if mapped else 0
     verb = "prune" if solves else "collect"
     _log.info(
-        "%s: %s on %s for one block (weights %s, statistics %s, rows inside %s, work %s), %s of activations %s, %s of disk",
-        verb, _size(device), walk.device, _size(block), _size(kept), _size(inside),
+        "%s: %s on %s for one block (weights %s, statistics %s, rows inside %s, a batch %s, work %s), %s of activations %s, "
+        "%s of disk",
+        verb, _size(device), walk.device, _size(block), _size(kept), _size(inside), _size(batch),
         _size(work if solves else 0), _size(activations), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
     needs = {
-        "memory": (host * walk.ranks.here, psutil.virtual_memory().available),
+        "memory": (host * walk.ranks.here, min([psutil.virtual_memory().available, *_left_in_groups()])),
+        "memory for a process (ulimit)": (host, min(_left_by_limits(), default=host)),
         "disk": (disk, shutil.disk_usage(folder).free),
     }
     if walk.device.type == "cuda":
@@ -111,9 +126,34 @@ def plan(
             raise ValueError(
                 f"{verb} needs {_size(needed)} of {what}, and {_size(free)} are free; "
                 + {"disk": "free some, or type store.path=DIR elsewhere", "memory": f"type {whole}memory.activations_gib=0, "
-                   "or a smaller budget.tokens"}.get(what, f"type {whole}model.dtype=bfloat16 or device=cpu")
+                   "or a smaller budget.tokens"}.get(what.split()[0], f"type {whole}model.dtype=bfloat16 or device=cpu")
             )  # fmt: skip
     return mapped
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that are left of the memory of each control group that this process is in, such as a job's or a container's."""
+    with suppress(OSError):  # a system without them
+        for line in _OWN.read_text().splitlines():
+            _, kinds, inside = line.split(":", 2)
+            for kind in _GROUPS.keys() & kinds.split(","):
+                folder, limit, used = _GROUPS[kind]
+                innermost = _ROOT / folder / inside.lstrip("/")
+                for group in (one for one in (innermost, *innermost.parents) if one.is_relative_to(_ROOT / folder)):
+                    with suppress(OSError, ValueError):  # without a limit: no such file, or no number
+                        most = int((group / limit).read_text())
+                        stat = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                        files = stat.get("total_inactive_file", stat.get("inactive_file", 0))  # given back on demand
+                        yield max(0, most - int((group / used).read_text()) + int(files))
+
+
+def _left_by_limits() -> Iterator[int]:
+    """Bytes that are left of each limit of the process itself."""
+    has = psutil.Process().memory_info()
+    for kind, used in ((resource.RLIMIT_AS, has.vms), (resource.RLIMIT_DATA, getattr(has, "data", 0))):
+        most, _ = resource.getrlimit(kind)
+        if most != resource.RLIM_INFINITY:
+            yield max(0, most - used)
 
 
 def inputs(layers: dict[str, Matrix]) -> list[Matrix]:

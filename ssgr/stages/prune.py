@@ -26,7 +26,7 @@ from ssgr.sparsity import Sparsity
 from ssgr.stages import activations, allocate, heap, journal, ranks
 from ssgr.stages.activations import Batch, passages
 from ssgr.stages.collect import Collector
-from ssgr.stages.plan import Memory, plan
+from ssgr.stages.plan import REMEDY, Memory, plan
 from ssgr.stages.pruned import CHECKPOINT, RESULT, read_result
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.solve import Method, Solver
@@ -90,6 +90,7 @@ def prune(
 
 
 @torch.no_grad()
+@heap.enough(REMEDY)
 @heap.reused()
 def _prune(
     own: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet | None, method: Method,
@@ -97,6 +98,8 @@ def _prune(
 ) -> None:  # fmt: skip
     pruner = method.pruner
     walk = Walk(model, own, pruner.include)
+    if walk.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(walk.device)
     check(walk.model, pruner, method.sparsity)
     layers = [_chosen(block, pruner) for block in walk.blocks]
     stored = Statistics(statistics) if statistics else None

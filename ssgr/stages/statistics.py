@@ -26,7 +26,7 @@ from ssgr.records import CalibrationSet
 from ssgr.stages import activations, heap, journal
 from ssgr.stages.activations import Passage, passages
 from ssgr.stages.collect import Collector
-from ssgr.stages.plan import Memory, inputs, plan
+from ssgr.stages.plan import REMEDY, Memory, inputs, plan
 from ssgr.stages.ranks import Ranks, run
 from ssgr.stages.walk import Walk
 
@@ -141,6 +141,7 @@ def collect(
 
 
 @torch.no_grad()
+@heap.enough(REMEDY)
 @heap.reused()
 def _collect(
     ranks: Ranks, model: Model, tokenizer: PreTrainedTokenizerBase, calibration: CalibrationSet, statistic: Statistic,
