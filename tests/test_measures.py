@@ -122,6 +122,8 @@ def test_a_suite_shares_its_decoding() -> None:
     made = members(Suite("both", {"a": bench, "b": other}, {"seed": 7}))
     assert isinstance(made[0], Bench) and made[0].decoding == Decoding(2, 0.6, 0.95, 9, 7) and made[1] is other
     assert members(bench) == [bench]
+    (reads,) = members(Suite("traces", {"a": Perplexity("own", traces=bench)}, {"seed": 7}))
+    assert isinstance(reads, Perplexity) and reads.traces.decoding.seed == 7, "what is sampled once is asked for once"
     with pytest.raises(ValueError, match="two of its benchmarks are called one"):
         members(Suite("both", {"a": bench, "b": bench}))
     with pytest.raises(ValueError, match="letters, digits"):

@@ -51,6 +51,14 @@ class Suite:
             raise ValueError(f"bench={self.name}: a suite has at least one benchmark under bench.benches")
 
 
+def _sharing(one: Bench | Measure, decoding: Mapping[str, Any]) -> Bench | Measure:
+    """A benchmark, or one that reads traces of another, that samples with these settings."""
+    if isinstance(one, Bench):
+        return replace(one, decoding=replace(one.decoding, **decoding))
+    traces = getattr(one, "traces", None)
+    return replace(one, traces=_sharing(traces, decoding)) if isinstance(traces, Bench) else one  # type: ignore[type-var]
+
+
 def members(bench: Bench | Measure | Suite) -> list[Bench | Measure]:
     """The benchmarks of a suite, or the one that it is.
 
@@ -60,11 +68,7 @@ def members(bench: Bench | Measure | Suite) -> list[Bench | Measure]:
     if not isinstance(bench, Suite):
         some: list[Bench | Measure] = [bench]
     else:
-        shared = dict(bench.decoding)
-        some = [
-            replace(one, decoding=replace(one.decoding, **shared)) if isinstance(one, Bench) else one
-            for one in bench.benches.values()
-        ]
+        some = [_sharing(one, bench.decoding) for one in bench.benches.values()]
     names = [one.name for one in some]
     for name in names:
         if not re.fullmatch(r"[\w.+-]+", name):
