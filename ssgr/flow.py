@@ -298,6 +298,12 @@ class Flow:
                 "already; type a larger bench.decoding.max_new_tokens",
                 bench.name, 100 * score.truncated, name, bench.decoding.max_new_tokens,
             )  # fmt: skip
+        if isinstance(score, Score) and score.grader_failed:
+            _log.warning(
+                "bench=%s: the grader failed on %.1f %% of the answers of the %s model, which are not right in its accuracy; "
+                "they have the verdict grader_failed in the file of outcomes",
+                bench.name, 100 * score.grader_failed, name,
+            )  # fmt: skip
         return out
 
     def _measured(self, name: str, measure: Measure, pruned: Artefact | None) -> Artefact:

@@ -64,6 +64,29 @@ def test_a_row_without_an_answer_is_named(run: Run, tmp_path: Path) -> None:
     told(run, ["problems=jsonl", "problems.path=none.jsonl"], ["none.jsonl", "problems.path=FILE.jsonl"], small=False)
 
 
+def test_golds_that_the_grader_cannot_read_are_told_beside_the_accuracy(run: Run, tmp_path: Path) -> None:
+    own = ["problems=jsonl", "problems.path=x.jsonl", "problems.test_path=x.jsonl", "grader=math", "calib=corpus"]
+    own += [
+        "pruner=magnitude",
+        "bench.decoding.attempts=1",
+        "bench.decoding.max_new_tokens=160",
+        "budget.tokens=400",
+        "device=cpu",
+    ]
+    rows = [{"problem": f"Compute {n}+5.", "answer": "\\frac{"} for n in range(12, 16)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told(run, own, ["can read none of the 4 gold answers (row/1: ", "mend the rows"], small=False)
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(json.dumps({**row, "answer": "\\frac{" if i else "17"}) for i, row in enumerate(rows))
+    )
+    done = run(*own, small=False)
+    said = done.stdout + done.stderr
+    assert (
+        done.returncode == 0 and "cannot read 3 of 4 gold answers" in said and "row/2, row/3, row/4 (row/2: " in said
+    ), said
+    assert "the grader failed on 75.0 % of the answers of the dense model" in said and "] ! " in done.stdout, said
+
+
 def test_an_unwritable_store(run: Run, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     told(run, [f"store.path={tmp_path / 'file' / 'store'}"], ["store.path=", "cannot be written"])

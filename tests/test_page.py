@@ -99,6 +99,16 @@ def test_doubt_stands_in_words_beside_each_difference_that_may_be_zero(tmp_path:
     assert {row["to_dense_unsure"] for row in found.groups[0].pruned} == {True, False}
 
 
+def test_the_share_that_the_grader_failed_on_stands_beside_the_accuracy(tmp_path: Path) -> None:
+    folder = sweep(tmp_path, [{}])
+    assert "the grader failed on" not in built(folder)
+    result = json.loads((folder / "0" / "result.json").read_text())
+    result["scores"]["held_out"]["pruned"]["grader_failed"] = 0.25
+    (folder / "0" / "result.json").write_text(json.dumps(result))
+    content = built(folder)
+    assert content.count("the grader failed on 25.0%") == 1
+
+
 def test_it_is_one_file_that_may_load_nothing_and_run_only_its_own_scripts(tmp_path: Path) -> None:
     content = built(sweep(tmp_path, GRID))
     read = Read(content)

@@ -113,6 +113,9 @@ def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
             r"row 2: no answer in column 'answer'; its columns are problem\. Type problems\.columns\.answer=",
         ),
         ({"answer": "x"}, "row 2: no question in column 'problem'"),
+        ({"problem": "x", "answer": "  "}, "row 2: no answer in column 'answer'"),
+        ({"problem": "x", "answer": []}, "row 2: no answer in column 'answer'"),
+        ({"problem": "x", "answer": "work #### "}, "row 2: no answer in column 'answer'"),
         ("{oops", "row 2: not JSON"),
         ("[1]", "row 2: a row must be a JSON object"),
     ],
@@ -120,7 +123,7 @@ def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
 def test_a_bad_row_is_named(row: object, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "x.jsonl", [{"problem": "1+1", "answer": "2"}, row])
     with pytest.raises(ValueError, match=message):
-        JsonlProblems(str(file), Columns()).read("calibration")
+        JsonlProblems(str(file), Columns(answer_after="####")).read("calibration")
 
 
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:

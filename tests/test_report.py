@@ -110,6 +110,17 @@ def test_what_changes_no_result_or_follows_from_a_choice_is_no_column(tmp_path: 
     assert set(find([tmp_path])[0].fields) == set(read(tmp_path / "a" / "result.json")[0].fields)
 
 
+def test_a_mark_says_that_the_grader_failed(tmp_path: Path) -> None:
+    for draw in (0, 1):
+        cell(tmp_path / str(draw), [True], calib__draw=draw)
+    plain = [row["accuracy"] for row in table.rows(find([tmp_path]))]
+    found = json.loads((tmp_path / "1" / "result.json").read_text())
+    found["scores"]["held_out"]["pruned"]["grader_failed"] = 0.01
+    (tmp_path / "1" / "result.json").write_text(json.dumps(found))
+    assert [row["accuracy"] for row in table.rows(find([tmp_path]))] == [*plain[:2], plain[2] + " !"]
+    assert table.means(find([tmp_path]))[0]["accuracy"].endswith("] !")
+
+
 def test_means_are_over_draws_and_seeds(tmp_path: Path) -> None:
     for seed in (0, 1):
         for draw in (0, 1):

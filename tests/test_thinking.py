@@ -14,7 +14,9 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
+from ssgr.grader.choice import Choice
 from ssgr.grader.exact import Exact
+from ssgr.grader.math import MathVerify
 from ssgr.problems import Problem
 from ssgr.records import Trace, Verdict
 from ssgr.stages.evaluate import outcomes, score
@@ -162,6 +164,36 @@ def test_an_unclosed_response_has_no_answer_and_is_counted() -> None:
     assert [g.closed for g in graded] == [True, False, True]
     found = score("b", outcomes(graded), 1.0, 1)
     assert found.unclosed == found.no_answer == pytest.approx(1 / 3)
+
+
+def test_golds_that_the_grader_cannot_read_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_tokenizer("<think>", "</think>")
+    prompt = ids(tokenizer, "q<think>\n")
+    traces = [Trace(f"p{n}", 0, prompt, ids(tokenizer, "a</think>B"), "stop", 0) for n in range(8)]
+    bad = [Problem(f"p{n}", "q", "blue") for n in range(7)]
+    graded = grade(traces, [*bad, Problem("p7", "q", "B")], tokenizer, Choice(), THINK)
+    assert [g.verdict for g in graded] == [Verdict.GRADER_FAILED] * 7 + [Verdict.RIGHT]
+    assert "cannot read 7 of 8 gold answers" in caplog.text
+    assert "p0, p1, p2, p3, p4, ... (p0: the gold answer 'blue' is no letter)" in caplog.text
+    with pytest.raises(
+        ValueError, match=r"can read none of the 7 gold answers \(p0: .*problems\.columns\.answer=COLUMN"
+    ):
+        grade(traces[:7], bad, tokenizer, Choice(), THINK)
+
+
+def test_golds_are_looked_at_where_a_model_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """One answer on which the grader fails, among none, is no reason to stop: the other golds are good."""
+    tokenizer = byte_tokenizer("<think>", "</think>")
+    prompt = ids(tokenizer, "q<think>\n")
+    traces = [
+        Trace(name, 0, prompt, ids(tokenizer, text), "stop", 0) for name, text in (("a", "</think>7"), ("b", "hm"))
+    ]
+    golds = {"a": "\\frac{", "b": "7"}
+    graded = grade(traces, [Problem(k, "q", v) for k, v in golds.items()], tokenizer, MathVerify(60, workers=1), THINK)
+    assert [g.verdict for g in graded] == [Verdict.GRADER_FAILED, Verdict.NO_ANSWER]
+    assert "cannot read 1 of 2 gold answers, and no answer to these problems counts as right: a (a: " in caplog.text
+    with pytest.raises(ValueError, match="can read none of the 2 gold answers"):
+        grade(traces, [Problem(k, "q", "\\frac{") for k in golds], tokenizer, MathVerify(60, workers=1), THINK)
 
 
 def test_prompts_open_the_thinking_as_the_template_says() -> None:

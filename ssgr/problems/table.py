@@ -57,12 +57,8 @@ class Columns:
         """
         own = isinstance(self.choices, str) or self.choices is None  # the answer has a column of its own
         for role in ("question", "answer") if own else ("question",):
-            column = getattr(self, role)
-            if row.get(column) in (None, ""):
-                raise _BadRow(
-                    f"{source}, row {number}: no {role} in column {column!r}; its columns are {', '.join(row) or 'none'}. "
-                    f"Type problems.columns.{role}=COLUMN, or mend the row"
-                )
+            if _blank(row.get(getattr(self, role))):
+                raise self._lacks(role, row, f"{source}, row {number}")
         question = str(row[self.question])
         solution = row.get(self.solution) if self.solution else None
         if self.choices is None:
@@ -74,6 +70,8 @@ class Columns:
         if self.answer_after and self.answer_after in answer:
             answer = answer.rsplit(self.answer_after, 1)[1].strip()
             solution = solution and str(solution).rsplit(self.answer_after, 1)[0].strip()
+        if not answer.strip():
+            raise self._lacks("answer", row, f"{source}, row {number}")
         return Problem(
             id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{number}",
             question=self.prompt.replace("{question}", question),
@@ -81,6 +79,12 @@ class Columns:
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
             solution=str(solution) if solution else None,
+        )
+
+    def _lacks(self, role: str, row: Mapping[str, Any], where: str) -> _BadRow:
+        return _BadRow(
+            f"{where}: no {role} in column {getattr(self, role)!r}; its columns are {', '.join(row) or 'none'}. "
+            f"Type problems.columns.{role}=COLUMN, or mend the row"
         )
 
     def _options(self, row: Mapping[str, Any], question: str, where: str) -> tuple[str, str]:
@@ -102,6 +106,10 @@ class Columns:
         letters = [chr(ord("A") + n) for n in range(len(options))]
         shown = "\n".join(f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
         return shown, letters[order.index(right)]
+
+
+def _blank(value: object) -> bool:
+    return value in (None, []) or (isinstance(value, str) and not value.strip())
 
 
 def _level(value: object) -> int | None:

@@ -211,7 +211,12 @@ def _gap(name: str, gap: Gap) -> dict[str, Any]:
 def _means(scores: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Plain means over draws, with the lowest and highest draw of the tokens."""
     out: dict[str, Any] = {}
-    for name, key in (("tokens", "mean_tokens"), ("cut", "truncated"), ("looping", "looping")):
+    for name, key in (
+        ("tokens", "mean_tokens"),
+        ("cut", "truncated"),
+        ("looping", "looping"),
+        ("failed", "grader_failed"),
+    ):
         if all(key in score for score in scores):
             out[name] = six(float(np.mean([score[key] for score in scores])))
     if "tokens" in out:

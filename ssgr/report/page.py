@@ -195,7 +195,8 @@ def table(group: Group) -> dict[str, Any]:
     rows = []
     for row in group.records:
         cells = [(row["calib"] or "dense" if name == "calib" else row[name], row[name], "") for name in fields]
-        cells.append((_interval(row, "value", signed=False), row["value"], ""))
+        failed = f"the grader failed on {row['failed']:.1%}" if row.get("failed") else ""
+        cells.append((_interval(row, "value", signed=False), row["value"], failed))
         for which in ("to_dense", *(["to_control"] if group.control else [])):
             cells.append((_interval(row, which, signed=True), row.get(which, ""), _doubt(row, which)))
         cells += [

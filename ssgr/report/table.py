@@ -20,6 +20,7 @@ from ssgr.report.compare import Comparison, Gap, compare, draw_of, holds_zero
 
 Rows = list[dict[str, str]]
 UNSURE = " ~"  # beside a difference that proves nothing
+_LOOK = " !"  # beside what tells of the cap or of the grader rather than of the model
 NOTE = "~ the 95 % interval holds zero, or p is 0.05 or more after Holm's correction over the differences of its column"
 CELL_NOTE = "~ the 95 % interval holds zero"
 
@@ -85,7 +86,7 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
                 **found.names,
                 "draws": str(found.draws),
                 "seeds": str(found.seeds),
-                found.metric: _interval(found.value.mean, found.value.ci95),
+                found.metric: _interval(found.value.mean, found.value.ci95) + _failed(*scores),
                 "deviation of draws": _deviation(found),
                 "difference to dense": _gap(found.to_dense, unit),
                 **({f"minus {against}": _gap(found.to_control, unit)} if against else {}),
@@ -115,11 +116,16 @@ def _score(score: dict[str, Any]) -> dict[str, str]:
     if "attempts" not in score:
         return {score["metric"]: _interval(score["value"], score["ci95"])}
     return {
-        "accuracy": _interval(score["accuracy"], score["ci95"]),
+        "accuracy": _interval(score["accuracy"], score["ci95"]) + _failed(score),
         "tokens": f"{score['mean_tokens']:.1f}",
-        "cut": f"{100 * score['truncated']:.1f} %{' !' if score['truncated'] > MANY_CUT else ''}",
+        "cut": f"{100 * score['truncated']:.1f} %{_LOOK if score['truncated'] > MANY_CUT else ''}",
         "looping": f"{100 * score['looping']:.1f} %",
     }
+
+
+def _failed(*scores: dict[str, Any]) -> str:
+    """A mark beside an accuracy in which answers count as not right because the grader failed."""
+    return _LOOK if any(score.get("grader_failed") for score in scores) else ""
 
 
 def _interval(mean: float, ci95: Sequence[float], signed: bool = False) -> str:
