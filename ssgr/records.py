@@ -25,7 +25,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer."""
+    """One question with its gold answer; `bare` is the question where more is asked, such as to reason step by step."""
 
     id: str
     question: str
@@ -33,6 +33,7 @@ class Problem:
     source: str = ""
     level: int | None = None
     solution: str | None = None
+    bare: str | None = field(default=None, metadata={"key": False})  # it is part of the question
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from ssgr.problems.decontaminate import Decontaminate, Hit, tokens
+from ssgr.problems.table import Columns, JsonlProblems
 from ssgr.records import Problem
-from tests.conftest import Run
+from tests.conftest import ROOT, Run
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "problems"
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
@@ -74,6 +77,32 @@ def test_real_problem_sets() -> None:
     assert len(Decontaminate().hits(train, test)) <= 0.01 * len(train)
     mixed = [*train[:50], *test[:10]]
     assert {hit.id for hit in Decontaminate().hits(mixed, test)} >= {one.id for one in test[:10]}
+
+
+def read_file(file: Path, **how: Any) -> list[Problem]:
+    return JsonlProblems(str(file), Columns(**how), str(file)).read("test")
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "math500", "mmlu", "gpqa_diamond"])
+def test_the_prompt_of_a_benchmark_is_not_compared(name: str, tmp_path: Path) -> None:
+    prompt = OmegaConf.load(ROOT / "conf" / "bench" / f"{name}.yaml").problems.columns.prompt
+    for file, question in (("same", "What is $2+3$?"), ("lower", "what is 2 + 3?"), ("other", "Find the sine of 7.")):
+        (tmp_path / f"{file}.jsonl").write_text(json.dumps({"problem": question, "answer": "5"}))
+    asked = read_file(tmp_path / "same.jsonl", prompt=prompt)
+    assert asked[0].question == prompt.replace("{question}", "What is $2+3$?")
+    for how in ({}, {"prompt": prompt}):
+        assert [hit.why for hit in Decontaminate().hits(read_file(tmp_path / "lower.jsonl", **how), asked)] == [
+            "the same text"
+        ]
+        assert not Decontaminate().hits(read_file(tmp_path / "other.jsonl", **how), asked)
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the collected problems (shared/data) are not beside this checkout")
+def test_a_copy_of_a_benchmark_is_found_whole() -> None:
+    prompt = OmegaConf.load(ROOT / "conf" / "bench" / "math500.yaml").problems.columns.prompt
+    pool, asked = (read_file(DATA / "math500.jsonl", id="id", **how) for how in ({}, {"prompt": prompt}))
+    hits = Decontaminate().hits(pool, asked)
+    assert len(pool) == 500 and {(hit.id, hit.why) for hit in hits} == {(one.id, "the same text") for one in pool}
 
 
 def test_a_run_leaves_them_out_and_says_so(run: Run, tmp_path: Path) -> None:

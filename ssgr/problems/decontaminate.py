@@ -26,6 +26,7 @@ class Hit:
 class Decontaminate:
     """Problems are the same if their text is, but for case, spaces, dollar signs and LaTeX's spacing, or if they share
     `ngram` tokens in a row: at least `share` of all such runs of the calibration problem stand in one of the benchmark.
+    What is asked beside the question, such as to reason step by step, is not compared.
 
     `enabled=false` keeps all; `ngram=null` compares whole texts only.
 
@@ -51,14 +52,14 @@ class Decontaminate:
         """Which of `problems` are in the benchmark."""
         if not self.enabled:
             return []
-        texts = {" ".join(tokens(problem.question)): problem.id for problem in reversed(benchmark)}
+        texts = {" ".join(_tokens_of(problem)): problem.id for problem in reversed(benchmark)}
         where: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for problem in benchmark:
-            for run in self._runs(tokens(problem.question)):
+            for run in self._runs(_tokens_of(problem)):
                 where[run].add(problem.id)
         out = []
         for problem in problems:
-            own = tokens(problem.question)
+            own = _tokens_of(problem)
             if same := texts.get(" ".join(own)):
                 out.append(Hit(problem.id, same, "the same text"))
                 continue
@@ -74,6 +75,10 @@ class Decontaminate:
     def _runs(self, own: Sequence[str]) -> set[tuple[str, ...]]:
         n = self.ngram
         return set() if n is None else {tuple(own[i : i + n]) for i in range(len(own) - n + 1)}
+
+
+def _tokens_of(problem: Problem) -> list[str]:
+    return tokens(problem.question if problem.bare is None else problem.bare)
 
 
 def tokens(text: str) -> list[str]:

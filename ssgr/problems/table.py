@@ -75,6 +75,7 @@ class Columns:
         return Problem(
             id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{number}",
             question=self.prompt.replace("{question}", question),
+            bare=question,
             answer=answer,
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
