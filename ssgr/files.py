@@ -1,10 +1,12 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and the lines of those that others wrote."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_bytes(file: Path, content: bytes) -> None:
@@ -25,3 +27,48 @@ def write_json(file: Path, content: object) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(file)
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines of a text file, each with its number.
+
+    Raises:
+        ValueError: a line is not UTF-8; it is named.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, row {number}: not UTF-8 ({error.reason} at byte {error.start + 1}); save the file as UTF-8"
+                ) from error
+            yield number, text
+
+
+def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file, each with the number of its line; numbers are text, as they were written.
+
+    Raises:
+        ValueError: a line is not UTF-8 or not JSON; it is named.
+    """
+    for number, line in lines(path):
+        bare = line.removeprefix("\ufeff").strip()
+        if bare:
+            yield number, parsed(bare, f"{path.name}, row {number}", parse_int=str, parse_float=str)
+
+
+def parsed(line: str, where: str, **how: Any) -> Any:
+    """What a line of JSON holds.
+
+    Raises:
+        ValueError: it is not JSON, or more than Python reads; the message begins with `where`.
+    """
+    try:
+        return json.loads(line, **how)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: its JSON is nested too deeply to be read; mend the row") from error
+    except ValueError as error:  # of an integer with thousands of digits
+        raise ValueError(f"{where}: a number has too many digits to be read; put it in quotes") from error

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssgr.files import parsed
 from ssgr.grader import Grade, Grader
 from ssgr.grader.choice import Choice
 from ssgr.grader.exact import Exact
@@ -40,10 +41,7 @@ def read(path: Path) -> list[dict[str, str]]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
-                raise ValueError(f"{path.name}, line {number}: not JSON ({str(error)[:80]})") from error
+            row = parsed(line, f"{path.name}, line {number}")
             lacking = [f for f in ("id", "gold", "pred") if not isinstance(row, dict) or f not in row]
             if lacking:
                 raise ValueError(

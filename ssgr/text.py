@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr import prose
+from ssgr.files import json_lines, lines
 
 PROSE = "prose"  # the name that means generated prose
 
@@ -58,7 +58,7 @@ class Text:
         if self.name == PROSE:
             return "\n\n".join(islice(_prose(random.Random("prose/whole")), most))
         if path.is_file() and path.suffix != ".jsonl":
-            return path.read_text(encoding="utf-8")
+            return _text(path)
         return "\n\n".join(_file_documents(path, self.column) if path.is_file() else self._dataset(None))
 
     def _dataset(self, seed: int | None) -> Iterable[str]:
@@ -72,7 +72,8 @@ class Text:
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
             raise ValueError(
                 f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}); type {self.setting}=FILE.txt, FILE.jsonl or prose"
+                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); "
+                f"type {self.setting}=FILE.txt, FILE.jsonl or prose"
             ) from error
 
 
@@ -83,18 +84,15 @@ def _prose(rng: random.Random) -> Iterable[str]:
 
 def _file_documents(path: Path, column: str) -> Iterable[str]:
     if path.suffix != ".jsonl":
-        yield from (part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip())
+        yield from (part for part in _text(path).split("\n\n") if part.strip())
         return
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line) if line.strip() else {column: ""}
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
-                ) from error
-            if not isinstance(row, dict) or column not in row:
-                there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
-                raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
-            if row[column]:
-                yield str(row[column])
+    for number, row in json_lines(path):
+        if not isinstance(row, dict) or column not in row:
+            there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
+            raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
+        if row[column]:
+            yield str(row[column])
+
+
+def _text(path: Path) -> str:
+    return "".join(line for _, line in lines(path)).replace("\r\n", "\n").replace("\r", "\n")

@@ -46,8 +46,11 @@ def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
     ("content", "said"),
     [
         ("{", "line 1: not JSON"), ('{"id": 1, "gold": "2"}', "line 1: lacks pred"), ("[]", "lacks id, gold, pred"),
+        ("[" * 100_000, "line 1: its JSON is nested too deeply"),
+        ('{"id": 1, "gold": "2", "pred": ' + "9" * 5000 + "}", "line 1: a number has too many digits"),
         ('{"id": 1, "gold": "2", "pred": "2"}\n' * 2, "line 2: its id '1' is that of line 1"), ("", "holds no answers"),
     ],
+    ids=["cut", "lacks one", "lacks all", "deep", "long number", "twice", "empty"],
 )  # fmt: skip
 def test_a_bad_file_is_named_and_nothing_is_written(content: str, said: str, tmp_path: Path) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"

@@ -189,7 +189,17 @@ def test_math_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_p
         MathVerify(workers=1).grade([("7", "</think>7")])
 
 
-@pytest.mark.parametrize("wrong", [{"seconds": 0.0}, {"memory_gib": -1.0}, {"workers": 0}, {"seconds": float("nan")}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"seconds": 0.0},
+        {"memory_gib": -1.0},
+        {"workers": 0},
+        {"seconds": float("nan")},
+        {"seconds": float("inf")},
+        {"memory_gib": 1e30},
+    ],
+)
 def test_math_refuses(wrong: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         MathVerify(**wrong)  # type: ignore[arg-type]

@@ -116,6 +116,25 @@ def test_a_task_is_what_the_library_says(sums: Path, tokenizer: PreTrainedTokeni
         LmEvalTask("sums", "sums", "acc", folder=str(sums)).measure(TINY, tokenizer, ())
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("metric", ["f1", "mcc"])
+def test_a_metric_of_all_documents_at_once_is_refused_before_the_model_is_loaded(
+    metric: str, sums: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = sums / "sums.yaml"
+    file.write_text(file.read_text().replace("[{metric: acc}]", "[{metric: acc}, {metric: f1}, {metric: mcc}]"))
+    unused: Any = None
+    with pytest.raises(ValueError, match=rf"bench.metric={metric}: the task sums makes it of all .*: it has acc$"):
+        LmEvalTask("sums", "sums", metric, folder=str(sums)).measure(unused, tokenizer, ())
+
+
+@pytest.mark.parametrize("value", [(-3.5, 7), [True, False], None])
+def test_a_metric_that_is_no_number_is_refused(value: object) -> None:
+    samples = {"t": [{"doc_id": 0, "own": value, "metrics": ["own"]}]}
+    with pytest.raises(ValueError, match=r"bench.metric=own: the task t gives no number for t/0"):
+        LmEvalTask("t", "t", "own")._items(samples)
+
+
 def test_a_suite_shares_its_decoding() -> None:
     bench = Bench("one", Decoding(2, 0.6, 0.95, 9, 0), HfSampler(4))
     other: Measure = Perplexity("two", "prose")

@@ -6,14 +6,16 @@ import json
 import random
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ssgr import arithmetic, prose
 from ssgr.problems import checked
 from ssgr.problems.arithmetic import ArithmeticProblems
-from ssgr.problems.table import Columns, HubProblems, JsonlProblems
+from ssgr.problems.table import Columns, HubProblems, JsonlProblems, Together
 from ssgr.records import Problem
+from ssgr.text import Text
 from tests.conftest import SHARED
 
 LEVELS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -124,6 +126,59 @@ def test_a_bad_row_is_named(row: object, message: str, tmp_path: Path) -> None:
     file = write(tmp_path / "x.jsonl", [{"problem": "1+1", "answer": "2"}, row])
     with pytest.raises(ValueError, match=message):
         JsonlProblems(str(file), Columns(answer_after="####")).read("calibration")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            b'{"problem": "caf\xe9", "answer": "2"}',
+            r"x\.jsonl, row 2: not UTF-8 .* at byte 17\); save the file as UTF-8",
+        ),
+        (b'{"a":' * 20_000, r"x\.jsonl, row 2: its JSON is nested too deeply"),
+        (b'{"problem": "x"', r"x\.jsonl, row 2: not JSON"),
+    ],
+    ids=["Latin-1", "deep", "cut"],
+)
+def test_a_line_that_cannot_be_read_is_named(line: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_bytes(b'\xef\xbb\xbf{"problem": "1+1", "answer": "2"}\n' + line)
+    with pytest.raises(ValueError, match=message):
+        JsonlProblems(str(tmp_path / "x.jsonl"), Columns()).read("calibration")
+    with pytest.raises(ValueError, match=message):
+        list(Text(str(tmp_path / "x.jsonl"), "calib.text", "problem").documents(0))
+
+
+def test_numbers_are_read_as_they_were_written(tmp_path: Path) -> None:
+    golds = ["9" * 5000, "0.12345678901234567890", "1e400", "-7"]
+    (tmp_path / "x.jsonl").write_text(
+        "\n".join(f'{{"problem": "{n}", "answer": {gold}}}' for n, gold in enumerate(golds))
+    )
+    path = str(tmp_path / "x.jsonl")
+    assert [p.answer for p in JsonlProblems(path, Columns(), path).read("test")] == golds
+
+
+@pytest.mark.parametrize("limit", [-1, 0, 2.5])
+def test_a_limit_that_limits_nothing_is_refused(limit: Any) -> None:
+    for make in (
+        lambda: JsonlProblems("x.jsonl", Columns(), limit=limit),
+        lambda: HubProblems("x", Columns(), limit=limit),
+        lambda: Together({}, limit=limit),
+    ):
+        with pytest.raises(ValueError, match=rf"problems\.limit={limit}: give a whole number, 1 or more, or null"):
+            make()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_without_a_message_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr("datasets.load_dataset", late)
+    monkeypatch.setattr("datasets.load_dataset_builder", late)
+    with pytest.raises(ValueError, match=r"cannot be loaded: TimeoutError"):
+        HubProblems("a/b", Columns()).read("test")
+    with pytest.raises(ValueError, match=r"calib\.text=a/b is neither a file nor a dataset .* \(TimeoutError"):
+        list(Text("a/b", "calib.text").documents(0))
 
 
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:

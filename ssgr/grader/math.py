@@ -33,6 +33,7 @@ _SCIENTIFIC = re.compile(
     r"(?:(?<=[{$])|^)\s*([-+]?\d+(?:\.\d+)?)[eE]([-+]?\d+)\s*(?:(?=[}$])|$)"
 )  # 1e-5 is not 1 e - 5
 _SMALL = 1e-3
+_MOST = 1_000_000  # seconds or GiB: more than any machine has, and less than the system's calls refuse
 _IN_LATEX = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
 
 
@@ -50,8 +51,8 @@ class MathVerify:
 
     def __post_init__(self) -> None:
         for name in ("seconds", "memory_gib"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"grader.{name}={getattr(self, name)!r}: give a number above 0")
+            if not 0 < getattr(self, name) <= _MOST:
+                raise ValueError(f"grader.{name}={getattr(self, name)!r}: give a number above 0, {_MOST} at most")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"grader.workers={self.workers}: give 1 or more, or null for one a core")
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, ClassVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.loadable import Loadable
@@ -49,6 +50,7 @@ class LmEvalTask:
         try:
             import lm_eval
             from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import get_task_dict
         except ImportError as error:
             raise ValueError(
                 f"bench={self.name} needs lm-evaluation-harness ({error}): type pip install 'ssgr[lm_eval]'"
@@ -60,11 +62,16 @@ class LmEvalTask:
                 f"bench.task={self.task}: lm-evaluation-harness {lm_eval.__version__} has no such task"
                 + (f"; near are {', '.join(near)}" if near else "; give bench.folder=DIR with your own")
             )
+        try:
+            tasks = _tasks(get_task_dict([self.task], manager))
+        except Exception as error:
+            raise self._cannot(error) from error
+        self._check_metric(tasks)
         wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, batch_size=self.batch_size)
         try:
             found = lm_eval.simple_evaluate(
                 model=wrapped,
-                tasks=[self.task],
+                tasks=tasks,
                 num_fewshot=self.fewshot,
                 limit=self.limit,
                 task_manager=manager,
@@ -73,13 +80,29 @@ class LmEvalTask:
                 apply_chat_template=self.chat,
                 confirm_run_unsafe_code=self.unsafe_code,
             )
-        except Exception as error:  # of the library, of datasets, of the hub: all mean that the task cannot be run
-            raise ValueError(
-                f"bench={self.name}: lm-evaluation-harness cannot run the task {self.task} "
-                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its data comes from the hub: fetch it once "
-                "on a machine with network, or give bench.folder=DIR with a task of local files"
-            ) from error
+        except Exception as error:
+            raise self._cannot(error) from error
         return self._items(found["samples"])
+
+    def _cannot(self, error: Exception) -> ValueError:
+        """What the library, datasets or the hub raised, of many kinds: all mean that the task cannot be run."""
+        return ValueError(
+            f"bench={self.name}: lm-evaluation-harness cannot run the task {self.task} "
+            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its data comes from the hub: fetch it once "
+            "on a machine with network, or give bench.folder=DIR with a task of local files"
+        )
+
+    def _check_metric(self, tasks: Sequence[Any]) -> None:
+        """Refuse a metric that is not the mean of what each document has, before hours of evaluation."""
+        from lm_eval.api.metrics import mean
+
+        means = {name for task in tasks for name, how in task.aggregation().items() if how is mean}
+        others = {name for task in tasks for name, how in task.aggregation().items() if how is not mean}
+        if self.metric in others:
+            raise ValueError(
+                f"bench.metric={self.metric}: the task {self.task} makes it of all documents at once, and a metric must be the "
+                f"mean over documents: it has {', '.join(sorted(means - others)) or 'none of these'}"
+            )
 
     def _items(self, samples: dict[str, list[dict[str, Any]]]) -> list[Item]:
         """Of a group's tasks one after the other; each document counts once, whichever filter its metric is of."""
@@ -88,6 +111,10 @@ class LmEvalTask:
             for row in rows:
                 if self.metric in row:
                     name = f"{task}/{row['doc_id']}"
+                    if not isinstance(row[self.metric], (bool, int, float, np.number, np.bool_)):
+                        raise ValueError(
+                            f"bench.metric={self.metric}: the task {self.task} gives no number for {name}; choose another metric"
+                        )
                     items.setdefault(name, Item(name, float(row[self.metric]), 1))
         if not items:
             there = {k for rows in samples.values() for row in rows[:1] for k in row.get("metrics", ())}
@@ -95,3 +122,8 @@ class LmEvalTask:
                 f"bench.metric={self.metric}: the task {self.task} has {', '.join(sorted(there)) or 'no documents'}"
             )
         return list(items.values())
+
+
+def _tasks(found: dict[Any, Any]) -> list[Any]:
+    """The tasks of a group and of the groups in it, or the one that it is."""
+    return [task for one in found.values() for task in (_tasks(one) if isinstance(one, dict) else [one])]

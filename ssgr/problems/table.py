@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ssgr.files import json_lines
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -130,6 +130,9 @@ class JsonlProblems:
     test_path: str | None = None
     limit: int | None = None
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def read(self, split: Split) -> list[Problem]:
         """The problems of `split`.
 
@@ -142,6 +145,11 @@ class JsonlProblems:
         return checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
 
 
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"problems.limit={limit}: give a whole number, 1 or more, or null for all")
+
+
 def _file(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
@@ -150,19 +158,10 @@ def _file(name: str) -> Path:
 
 
 def _jsonl(path: Path, columns: Columns) -> Iterable[Problem]:
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path.name}, row {number}: not JSON ({error.msg} at column {error.colno})"
-                ) from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
-            yield columns.problem(row, number, path.stem)
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
+        yield columns.problem(row, number, path.name)
 
 
 def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> Iterator[Problem]:
@@ -190,6 +189,9 @@ class HubProblems:
     streaming: bool = False
     file: str | None = None
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
     def read(self, split: Split) -> list[Problem]:
         """The problems of `split`; like JSONL, one row in ten is the test split where the source has none.
 
@@ -216,7 +218,7 @@ class HubProblems:
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no data
             raise ValueError(
                 f"problems.path={self.path} subset={self.subset} split={part} revision={self.revision} cannot be "
-                f"loaded: {type(error).__name__}: {str(error).splitlines()[0]}"
+                f"loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             ) from error
         return checked(problems, f"problems.path={self.path}, split {part},")
 
@@ -231,6 +233,9 @@ class Together:
     parts: Mapping[str, HubProblems]
     file: str | None = None
     limit: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
 
     def read(self, split: Split) -> list[Problem]:
         """Their problems, one dataset after the other.

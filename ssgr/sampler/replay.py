@@ -8,7 +8,6 @@ attempts are counted in the order of the file.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.files import lines, parsed
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, stop_ids
@@ -163,14 +163,11 @@ def _rows(path: Path) -> Iterator[_Saved]:
 
         yield from pq.read_table(path).to_pylist()
         return
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):  # U+2028 ends no line of JSON
+    for number, line in lines(path):
         if not line.strip():
             continue
         where = f"{path.name}, row {number}"
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        row = parsed(line, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a trace must be a JSON object with {', '.join(_OWN)}")
         yield row
