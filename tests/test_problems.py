@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import random
 import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from ssgr import arithmetic, prose
@@ -201,6 +204,73 @@ def test_hub_reads_a_local_dataset_folder(tmp_path: Path) -> None:
     both = problems.read("calibration") + problems.read("test")
     assert {p.answer for p in both} == {str(i) for i in range(30)}
     assert both[0].solution is not None and both[0].solution.startswith("work")
+
+
+GOLDS = ["2020-01-02", "007", "123456789012345678901234567890", "0.50", "1,000", "true", "null", "two\nlines", "4"]
+
+
+def write_table(path: Path, columns: dict[str, list[str]]) -> Path:
+    if path.suffix == ".csv":
+        with path.open("w", newline="", encoding="utf-8-sig") as file:
+            csv.writer(file).writerows([list(columns), *zip(*columns.values(), strict=True)])
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    else:
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+def test_a_file_of_any_kind_is_a_pool_and_no_answer_is_changed(suffix: str, tmp_path: Path) -> None:
+    file = str(write_table(tmp_path / f"train{suffix}", {"q": [f"q{i}" for i in range(len(GOLDS))], "a": GOLDS}))
+    columns = Columns("q", "a")
+    ways = (
+        JsonlProblems(file, columns),
+        HubProblems(file, columns),
+        HubProblems(file, columns, test_split="test"),  # of a file it is one row in ten, too
+        HubProblems(str(tmp_path), columns),
+    )
+    read = [[[(p.id, p.answer) for p in way.read(split)] for split in ("calibration", "test")] for way in ways]
+    assert sorted(read[0][0] + read[0][1]) == [(f"row/{n}", gold) for n, gold in enumerate(GOLDS, 1)]
+    assert all(one == read[0] for one in read)
+    whole = [JsonlProblems("-", columns, file), HubProblems("-", columns, file=file)]
+    assert [[p.answer for p in way.read("test")] for way in whole] == [GOLDS, GOLDS]
+
+
+def test_a_folder_of_several_files_numbers_its_rows_through(tmp_path: Path) -> None:
+    for part in (0, 1):
+        questions = [f"{part}{i}" for i in range(20)]
+        write_table(tmp_path / f"train-0000{part}-of-00002.csv", {"problem": questions, "answer": ["007"] * 20})
+    both = [p for split in ("calibration", "test") for p in HubProblems(str(tmp_path), Columns()).read(split)]
+    assert {p.id for p in both} == {f"row/{n}" for n in range(1, 41)} and {p.answer for p in both} == {"007"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.csv", b"problem,answer\n1+1,2\n1,000+1,1001\n", r"^x\.csv, row 2: more cells than columns"),
+        ("x.csv", b'problem,answer\n1+1,2\n"1+2,3\n', r"^x\.csv, row 2: not CSV \(unexpected end of data\)"),
+        ("x.csv", b"problem,answer\n1+1,\n", r"^x\.csv, row 1: no answer in column 'answer'"),
+        ("x.csv", b"", "holds no problems"),
+        ("x.parquet", b"oops", r"^x\.parquet is no Parquet file that can be read"),
+        ("x.jsonl", b'{"problem": "1+1", "answer": "2"}\n{oops', r"^x\.jsonl, row 2: not JSON"),
+        (
+            "x.jsonl",
+            b'{"problem": "1+1", "answer": "2"}\n{"problem": "1+1"}',
+            r"^x\.jsonl, row 2: no answer in column 'answer'",
+        ),
+        ("x.jsonl", b"", "holds no problems"),
+    ],
+)
+def test_a_bad_file_and_its_row_are_named(name: str, content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / name
+    file.write_bytes(content)
+    for way in (JsonlProblems("-", Columns(), str(file)), HubProblems("a/b", Columns(), file=str(file))):
+        with pytest.raises(ValueError, match=message):
+            way.read("test")
+    with pytest.raises(ValueError, match=message):
+        HubProblems(str(file), Columns()).read("calibration")
 
 
 @pytest.mark.filterwarnings("ignore")

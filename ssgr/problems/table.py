@@ -1,16 +1,17 @@
-"""Problems from a table: a JSONL file, or any dataset that `datasets` can load."""
+"""Problems from a table: a JSONL, Parquet or CSV file, or any dataset that `datasets` can load."""
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from ssgr.files import json_lines
+from ssgr.files import json_lines, lines
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -49,8 +50,8 @@ class Columns:
                 f"problems.columns.prompt={self.prompt!r}: it has no {{question}}, where the question is put"
             )
 
-    def problem(self, row: Mapping[str, Any], number: int, source: str) -> Problem:
-        """One row as a problem.
+    def problem(self, row: Mapping[str, Any], number: int, source: str, before: int = 0) -> Problem:
+        """One row as a problem; `before` are the rows of the files that come before its own.
 
         Raises:
             ValueError: no question or no answer; the row is named.
@@ -73,7 +74,7 @@ class Columns:
         if not answer.strip():
             raise self._lacks("answer", row, f"{source}, row {number}")
         return Problem(
-            id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{number}",
+            id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{before + number}",
             question=self.prompt.replace("{question}", question),
             bare=question,
             answer=answer,
@@ -120,7 +121,7 @@ def _level(value: object) -> int | None:
 
 @dataclass(frozen=True)
 class JsonlProblems:
-    """Problems from JSONL files: `path` for calibration, `test_path` for the test split.
+    """Problems from JSONL files, or by their suffix Parquet or CSV: `path` for calibration, `test_path` for the test split.
 
     Without a `test_path` one row in ten, chosen by a hash of its question, is the test split, and the rest calibration.
     """
@@ -137,11 +138,11 @@ class JsonlProblems:
         """The problems of `split`.
 
         Raises:
-            ValueError: a file is missing, or a row is not JSON or lacks a question or an answer; the row is named.
+            ValueError: a file is missing, or a row cannot be read or lacks a question or an answer; the row is named.
         """
         own = self.test_path is not None
-        path = _file(self.test_path if own and split == "test" else self.path)  # type: ignore[arg-type]
-        rows = _of_split(_jsonl(path, self.columns), split, own)
+        path = _file(self.test_path, "test_path") if self.test_path and split == "test" else _file(self.path, "path")
+        rows = _of_split(_problems([path], self.columns), split, own)
         return checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
 
 
@@ -150,18 +151,55 @@ def _check_limit(limit: int | None) -> None:
         raise ValueError(f"problems.limit={limit}: give a whole number, 1 or more, or null for all")
 
 
-def _file(name: str) -> Path:
+def _file(name: str, setting: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
-        raise ValueError(f"problems.path={name}: there is no such file; type problems.path=FILE.jsonl")
+        raise ValueError(f"problems.{setting}={name}: there is no such file; type problems.{setting}=FILE.jsonl")
     return path
 
 
-def _jsonl(path: Path, columns: Columns) -> Iterable[Problem]:
-    for number, row in json_lines(path):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
-        yield columns.problem(row, number, path.name)
+def _problems(files: Sequence[Path], columns: Columns) -> Iterable[Problem]:
+    before = 0
+    for path in files:
+        number = 0
+        for number, row in _READ.get(path.suffix, json_lines)(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
+            yield columns.problem(row, number, path.name, before)
+        before += number
+
+
+def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Rows of text, as it was written; an empty cell is None."""
+    table = csv.DictReader((line.removeprefix("\ufeff") for _, line in lines(path)), strict=True)
+    number = 0
+    try:
+        for number, row in enumerate(table, 1):
+            if None in row:
+                raise ValueError(f"{path.name}, row {number}: more cells than columns; put cells with commas in quotes")
+            yield number, {name: cell or None for name, cell in row.items()}
+    except csv.Error as error:
+        raise ValueError(f"{path.name}, row {number + 1}: not CSV ({error})") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches()
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path.name} is no Parquet file that can be read ({(str(error).splitlines() or [''])[0]})"
+        ) from error
+
+
+_READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".jsonl": json_lines,
+}  # what `datasets` would read, whose guesses change answers
 
 
 def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> Iterator[Problem]:
@@ -174,7 +212,7 @@ def _bucket(question: str) -> int:
 
 @dataclass(frozen=True)
 class HubProblems:
-    """Problems from a dataset id (or a local dataset folder) through the `datasets` library.
+    """Problems from a dataset id or a local dataset folder through the `datasets` library, or from a local file.
 
     `file` stands for the test split without the hub: a JSONL, Parquet or CSV file with the same columns.
     """
@@ -198,21 +236,18 @@ class HubProblems:
         Raises:
             ValueError: the dataset cannot be loaded, or a row lacks a question or an answer.
         """
-        import datasets
-
         own = self.test_split is not None
         part = self.test_split if own and split == "test" else self.split
-        local = _file(self.file) if self.file and split == "test" else None
+        files: list[Path] = []
+        if self.file and split == "test":
+            own, files = True, [_file(self.file, "file")]
+        elif (path := Path(self.path).expanduser()).is_file():
+            own, files = False, [path]
         try:
-            if local:
-                own, kind = True, {".parquet": "parquet", ".csv": "csv"}.get(local.suffix, "json")
-                data = datasets.load_dataset(kind, data_files=str(local), split="train", streaming=True)
-            else:
-                data = datasets.load_dataset(
-                    self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
-                )
-            rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(data, 1))
-            problems = list(islice(_of_split(rows, split, own), self.limit))
+            files = files or self._files(part)
+            if not files:
+                rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(self._load(part), 1))
+                problems = list(islice(_of_split(rows, split, own), self.limit))
         except _BadRow:
             raise
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no data
@@ -220,7 +255,26 @@ class HubProblems:
                 f"problems.path={self.path} subset={self.subset} split={part} revision={self.revision} cannot be "
                 f"loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
             ) from error
-        return checked(problems, f"problems.path={self.path}, split {part},")
+        if files:
+            problems = list(islice(_of_split(_problems(files, self.columns), split, own), self.limit))
+        return checked(problems, f"problems.path={self.path if len(files) != 1 else files[0]}, split {part},")
+
+    def _load(self, part: str | None) -> Any:
+        import datasets
+
+        return datasets.load_dataset(
+            self.path, self.subset, split=part, revision=self.revision, streaming=self.streaming
+        )
+
+    def _files(self, part: str | None) -> list[Path]:
+        """The files of `part` in a local dataset folder, if all are of kinds that are read here."""
+        import datasets
+
+        if not Path(self.path).is_dir():
+            return []
+        config = datasets.load_dataset_builder(self.path, self.subset, revision=self.revision).config
+        files = [Path(file) for file in (config.data_files or {}).get(part, ())]
+        return files if all(file.suffix in _READ and file.is_file() for file in files) else []
 
 
 @dataclass(frozen=True)
