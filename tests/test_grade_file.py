@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -75,11 +76,22 @@ def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
         ("**Answer:** C", "C"), ("Answer: A", "A"), ("The correct option is D) 4", "D"), ("I think B", "B"),
         ("A\nB\nC", "C"), ("(A)", "A"), ("B. because A is wrong", "B"), ("Answer: B. But is the answer C? The answer is A", "A"),
         ("I have no idea", None), ("A dog is an animal", None), ("", None), ("answer is $\\mathrm{E}$", "E"),
+        ("\\boxed{b}", "B"), ("\\boxed{\\text{(d)}}", "D"), ("\\boxed{c) 4}", "C"), ("C is tempting but it is \\boxed{b}", "B"),
+        ("\\boxed{a dog}", None), ("\\boxed{x=2} so C", "C"), ("The answer is A, since option C is false", "A"),
+        ("The answer is I think B", "B"), ("The answer is I.", "I"), ("the answer is option C, not choice D", "C"),
+        ("The answer is A. No, the answer is B, as option A is odd", "B"), ("Option C", "C"),
         ("The answer is Berlin", None), ("The final answer is $\\boxed{A}$. I hope so", "A"),
     ],
 )  # fmt: skip
 def test_letters(text: str, found: str | None) -> None:
     assert letter(text) == found
+
+
+@pytest.mark.parametrize("unit", ["\n", " ", "\\boxed{", "answer: **", "("])
+def test_letters_of_a_long_text_take_no_time(unit: str) -> None:
+    start, text = time.process_time(), "answer is" + unit * 10**5
+    assert letter(text + " b") is None and letter(text + "\nB\nno") == "B"
+    assert time.process_time() - start < 3  # a quadratic search takes minutes
 
 
 def test_choice_refuses_golds_that_are_no_letters() -> None:

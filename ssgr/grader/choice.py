@@ -9,11 +9,16 @@ from dataclasses import dataclass
 from ssgr.grader import Grade
 from ssgr.records import Verdict
 
-_LETTER = r"[(\[{*$ ]*(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?([A-Z])(?![A-Za-z'\u2019])"
+# Nothing that is repeated is given back (*+), so that the time is linear in the text.
+_BEFORE = r"[(\[{*$ ]*+(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?"
+_LETTER = _BEFORE + r"((?!I\s[a-z])[A-Z])(?![A-Za-z'\u2019])"  # I with a word behind it is a word
+_OPTION = r"(?i:answer|choice|option)[*_]*+\s*+"
+_IS = r"(?i:(?:is|would be)\s*+:?|[:=])[*_]*+\s*+(?i:(?:the )?(?:option|choice)\s++)?"
 _STATED = (  # the surest first; of each the last in the text counts
-    re.compile(r"\\boxed\s*{" + _LETTER),
-    re.compile(r"(?i:answer|choice|option)[*_]*\s*(?i:is|would be|:|=)?\s*[:=]?[*_]*\s*" + _LETTER),
-    re.compile(r"^\W*([A-Z])\W*$|^\W*([A-Z])[.):]\s", re.MULTILINE),
+    re.compile(rf"\\boxed\s*{{(?:{_LETTER}|{_BEFORE}([a-z])(?=\s*[)\].:}}]))"),
+    re.compile(_OPTION + _IS + _LETTER),
+    re.compile(_OPTION + _LETTER),
+    re.compile(r"^[^\w\n]*+([A-Z])(?:[^\w\n]*$|[.):]\s)", re.MULTILINE),
     re.compile(r"(?<![A-Za-z'\u2019])[(]?([B-HJ-Z])(?![A-Za-z'\u2019])"),  # A and I are words
 )
 
@@ -22,8 +27,9 @@ _STATED = (  # the surest first; of each the last in the text counts
 class Choice:
     """Compare the letter that the answer part states with the gold letter.
 
-    The letter is the last in a box; without one, the last after "answer", "choice" or "option"; without that, the last
-    that opens a line or stands on one alone; without that, the last capital that stands alone, A and I left out.
+    The letter is the last in a box, where it may be small; without one, the last that is stated ("the answer is C"); without
+    that, the last after "answer", "choice" or "option"; without that, the last that opens a line or stands on one alone;
+    without that, the last capital that stands alone, A and I left out. An I with a word behind it is no letter.
     """
 
     def grade(self, pairs: Sequence[tuple[str, str]]) -> list[Grade]:
@@ -44,5 +50,5 @@ def letter(text: str) -> str | None:
     """The letter that `text` states, or None."""
     for pattern in _STATED:
         if found := pattern.findall(text):
-            return next((group for group in found[-1] if group), None) if isinstance(found[-1], tuple) else found[-1]
+            return "".join(found[-1]).upper()  # a pattern with two groups matches one of them
     return None
