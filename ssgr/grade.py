@@ -1,6 +1,7 @@
 """Grade any file of answers: python -m ssgr.grade --grader math IN.jsonl OUT.jsonl.
 
-IN has a JSON object a line with `id`, `gold` and `pred` (a short answer or a whole response). OUT has as many lines in the
+IN has a JSON object a line with `id`, `gold` and `pred` (a short answer or a whole response: one that opens its thinking
+and does not close it has no answer). OUT has as many lines in the
 same order with `id`, `verdict` (right, wrong, no_answer, grader_failed), `extracted` (what was found, or null), and where
 the grader failed `why`.
 """
@@ -59,18 +60,26 @@ def read(path: Path) -> list[dict[str, str]]:
     return out
 
 
-def grade(grader: Grader, thinking: Thinking, rows: Sequence[dict[str, str]], out: Path) -> Counter[Verdict]:
-    """Grade `rows` and write `out`, whole or not at all; how often each verdict was given."""
+def grade(
+    grader: Grader, thinking: Thinking, rows: Sequence[dict[str, str]], out: Path, opened: bool = False
+) -> Counter[Verdict]:
+    """Grade `rows` and write `out`, whole or not at all; how often each verdict was given.
+
+    `opened` says that the prompts opened the thinking.
+    """
     beside, counts = out.with_name(f"{out.name}.part"), Counter[Verdict]()
-    with beside.open("w", encoding="utf-8") as file, Progress("grade", len(rows)) as progress:
-        for first in range(0, len(rows), _CHUNK):
-            some = rows[first : first + _CHUNK]
-            grades = grader.grade([(row["gold"], thinking.part_of_text(row["pred"]) or "") for row in some])
-            for row, one in zip(some, grades, strict=True):
-                file.write(json.dumps(_line(row["id"], one)) + "\n")
-                counts[one.verdict] += 1
-            progress.step(len(some))
-    beside.replace(out)
+    try:
+        with beside.open("w", encoding="utf-8") as file, Progress("grade", len(rows)) as progress:
+            for first in range(0, len(rows), _CHUNK):
+                some = rows[first : first + _CHUNK]
+                pairs = [(row["gold"], thinking.part_of_text(row["pred"], opened) or "") for row in some]
+                for row, one in zip(some, grader.grade(pairs), strict=True):
+                    file.write(json.dumps(_line(row["id"], one)) + "\n")
+                    counts[one.verdict] += 1
+                progress.step(len(some))
+        beside.replace(out)
+    finally:
+        beside.unlink(missing_ok=True)
     return counts
 
 
@@ -90,6 +99,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="JSONL file to write")
     parser.add_argument("--grader", choices=["math", "exact", "choice"], default="math")
     parser.add_argument(
+        "--start-think",
+        default="<think>",
+        help="a response with it and without the other tag has no answer; '' for none",
+    )
+    parser.add_argument(
         "--end-think", default="</think>", help="the answer is what follows the last such tag; '' for all"
     )
     parser.add_argument("--require-end-think", action="store_true", help="without the tag there is no answer")
@@ -98,13 +112,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, help="child processes; one a core by default (math)")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    thinking = Thinking(None, args.end_think or None, args.require_end_think)
+    end = args.end_think or None
+    thinking = Thinking((args.start_think or None) if end else None, end)
     try:
+        if args.output.is_dir():
+            raise ValueError(
+                f"{args.output} is a folder; give the JSONL file to write, such as {args.output / 'OUT.jsonl'}"
+            )
         limits = (args.seconds, args.memory_gib, args.workers)
         grader: Grader = (
             MathVerify(*limits) if args.grader == "math" else Exact() if args.grader == "exact" else Choice()
         )
-        counts = grade(grader, thinking, read(args.input), args.output)
+        counts = grade(grader, thinking, read(args.input), args.output, args.require_end_think)
     except (ValueError, OSError) as error:
         sys.exit(f"grade: {error}")
     print(f"{sum(counts.values())} answers: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))

@@ -56,14 +56,15 @@ class Thinking:
             return Part(len(generated_ids), None)
         return Part(0, tokenizer.decode(ids))
 
-    def part_of_text(self, response: str) -> str | None:
-        """The answer part of a response that is text, of which the prompt is not known: without `end` it never closed."""
+    def part_of_text(self, response: str, opened: bool) -> str | None:
+        """The answer part of a response that is text, whose prompt is not known but for whether it `opened` the thinking."""
         if not self.end:
             return response
         _, tag, after = response.rpartition(self.end)
         if tag:
             return after
-        return None if self.required else response
+        opened = opened or bool(self.start and self.start in response)
+        return None if self.required and opened else response
 
     def _open(self, tokenizer: Any, prompt_ids: Sequence[int], ids: Sequence[int]) -> bool:
         if not self.start or _after(tokenizer, ids, self.start)[1] is not None:

@@ -30,7 +30,7 @@ def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
         ("1/2", "$0.5$", "right"), ("7", "<think>8</think>So it is \\boxed{7}.", "right"), ("7", "8", "wrong"),
         ("7", "", "no_answer"), ("7", None, "no_answer"), ("7", "{" * 1_000_000, "no_answer"),
         ("3", "$5^{5^{5^{5^{5}}}}$", "grader_failed"), ("12", "$12$ \u202e\x00\x1b[31m", "right"),
-        (" ", "$1$", "grader_failed"), (5, 5, "right"),
+        (" ", "$1$", "grader_failed"), (5, 5, "right"), ("7", "<think>maybe 7", "no_answer"),
     ]  # fmt: skip
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     source.write_text("\n".join(json.dumps({"id": i, "gold": g, "pred": p}) for i, (g, p, _) in enumerate(answers)))
@@ -40,7 +40,7 @@ def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
     assert [line["id"] for line in got] == list(range(len(answers)))
     assert [line["verdict"] for line in got] == [verdict for *_, verdict in answers]
     assert got[1]["extracted"] == "7" and "over 3 s" in got[6]["why"] and "cannot be read" in got[8]["why"]
-    assert "10 answers: 4 right, 3 no_answer, 2 grader_failed, 1 wrong" in done.stdout
+    assert "11 answers: 4 right, 4 no_answer, 2 grader_failed, 1 wrong" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,26 @@ def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"id": 1, "gold": "2", "pred": "2"}')
     done = grade("--grader", "exact", tmp_path / "in.jsonl", tmp_path / "no" / "out.jsonl")
     assert done.returncode == 1 and "No such file or directory" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "folder").mkdir()
+    done = grade(tmp_path / "in.jsonl", tmp_path / "folder")
+    assert done.returncode == 1 and "folder is a folder; give the JSONL file to write" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
+
+
+def test_what_is_searched_of_a_response_is_said_on_the_command_line(tmp_path: Path) -> None:
+    rows = [{"id": text, "gold": "7", "pred": text} for text in ("7", "<think>7", "[think]7", "<think>7</think>8")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    ways = {
+        (): ["right", "no_answer", "right", "wrong"],
+        ("--start-think", "[think]"): ["right", "right", "no_answer", "wrong"],
+        ("--start-think", ""): ["right", "right", "right", "wrong"],
+        ("--end-think", ""): ["right", "right", "right", "wrong"],
+        ("--require-end-think",): ["no_answer", "no_answer", "no_answer", "wrong"],
+    }
+    for options, verdicts in ways.items():
+        done = grade("--grader", "exact", *options, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+        assert done.returncode == 0, done.stderr
+        assert [line["verdict"] for line in lines(tmp_path / "out.jsonl")] == verdicts, options
 
 
 @pytest.mark.parametrize(

@@ -116,17 +116,19 @@ def test_a_tag_written_out_in_other_tokens_is_none() -> None:
 def test_a_model_that_does_not_think() -> None:
     tokenizer = byte_tokenizer()
     assert Thinking(None, None).part(tokenizer, (), ids(tokenizer, "a</think>b")) == Part(0, "a</think>b")
-    assert Thinking(None, None).part_of_text("a</think>b") == "a</think>b"
+    assert Thinking(None, None).part_of_text("a</think>b", True) == "a</think>b"
     with pytest.raises(ValueError, match=r"has no end: type model.thinking.end=TAG"):
         Thinking("<think>", None)
 
 
 @pytest.mark.parametrize(
-    ("text", "required", "answer"),
-    [("a</think>b", True, "b"), ("a", True, None), ("a", False, "a"), ("</think>", True, "")],
-)
-def test_text_of_which_the_prompt_is_not_known(text: str, required: bool, answer: str | None) -> None:
-    assert Thinking(required=required).part_of_text(text) == answer
+    ("text", "opened", "answer"),
+    [("a</think>b", True, "b"), ("a", True, None), ("a", False, "a"), ("</think>", True, ""),
+     ("<think>a", False, None), ("<think>a</think>b", False, "b")],
+)  # fmt: skip
+def test_text_of_which_the_prompt_is_not_known(text: str, opened: bool, answer: str | None) -> None:
+    assert THINK.part_of_text(text, opened) == answer
+    assert replace(THINK, required=False).part_of_text(text, opened) == (text if answer is None else answer)
 
 
 @pytest.mark.skipif(not TRACES.is_dir(), reason="there is no ../shared/data/traces")
