@@ -238,6 +238,36 @@ def test_a_scope_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase, t
         prune(random_model(), tokenizer, empty, Wanda(), Unstructured(0.5), tmp_path)
 
 
+def test_padding_is_a_token_that_the_model_knows_and_does_not_matter(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    added = copy.deepcopy(tokenizer)
+    added.add_special_tokens({"pad_token": "[PAD]"})  # and the embeddings were not resized
+    assert added.pad_token_id >= 64
+    found = []
+    for padding in (activations._PADDING, 7, 63):
+        monkeypatch.setattr(activations, "_PADDING", padding)
+        model = random_model()
+        prune(model, added, calibration(), SparseGPT(), Unstructured(0.5), tmp_path / str(padding))
+        found.append(model.state_dict())
+    assert all(torch.equal(value, other[name]) for other in found[1:] for name, value in found[0].items())
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_token_that_the_model_does_not_know(
+    held_out: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    cal, unknown = calibration(), Row((3, 64, 5), 1, "x")
+    rows = cal.rows if held_out else (*cal.rows[1:], unknown)
+    weights = tuple((1.0,) * len(row) for row in rows)
+    cal = CalibrationSet("test", rows, weights, (), 0, held_out=(unknown,) if held_out else ())
+    wanted = (
+        r"a row has token 64, and the model has embeddings of tokens 0 to 63 only.*calibrate with tokens of this model"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        prune(random_model(), tokenizer, cal, Wanda(), Unstructured(0.5), tmp_path / "work")
+
+
 def test_overflowing_activations_name_their_block(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
     model.model.layers[0].mlp.down_proj.weight.data *= 1e38

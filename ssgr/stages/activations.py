@@ -25,6 +25,7 @@ from ssgr.scope import Scope, streams
 from ssgr.stages.collect import Stream
 
 ALL, HELD_OUT = "all", "held out: "  # the stream of what is mixed already; before the streams of held-out rows
+_PADDING = 0  # a token that every model knows; what it does is looked at by none
 _BATCH_TOKENS = 2048  # padded tokens of one forward pass
 Spans = list[tuple[str, int, int, float]]  # stream, first and last token, factor of the tokens' weights
 
@@ -128,7 +129,6 @@ def first_inputs(
     model: PreTrainedModel,
     blocks: nn.ModuleList,
     rows: Sequence[Passage],
-    pad: int,
     device: torch.device,
     file: Path | None,
     mine: Callable[[int], bool] = lambda i: True,
@@ -145,7 +145,7 @@ def first_inputs(
     with _passing_through(blocks) as (heard, form):
         for group in reversed(members):
             width = len(rows[group[-1]].ids)
-            ids_NT = torch.tensor([[*rows[i].ids, *[pad] * (width - len(rows[i].ids))] for i in group])
+            ids_NT = torch.tensor([[*rows[i].ids, *[_PADDING] * (width - len(rows[i].ids))] for i in group])
             heard.clear()
             with suppress(_Reached):
                 model(input_ids=ids_NT.to(device), use_cache=False)

@@ -87,16 +87,25 @@ class Walk:
                 empty(self.blocks[i])
 
     def begin(self, rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, file: Path | None) -> list[Batch]:
-        """Bring the rows to the first block: the batches of this rank."""
+        """Bring the rows to the first block: the batches of this rank.
+
+        Raises:
+            ValueError: a row has a token that the model does not know.
+        """
+        known = len(self.model.get_input_embeddings().get_parameter("weight"))
+        if (last := max(max(row.ids) for row in rows)) >= known:
+            raise ValueError(
+                f"calib: a row has token {last}, and the model has embeddings of tokens 0 to {known - 1} only (its tokenizer has "
+                f"{len(tokenizer)}); calibrate with tokens of this model, or call resize_token_embeddings and save it again"
+            )
         before = outside(self.model, self.decoder)
         for name in (*before, *self.names(0).values()):
             put(self.model, name, self._placed(name, self.layout.read(name)))
         for name, buffer in self.model.named_buffers():
             put(self.model, name, buffer.to(self.device))
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         try:
             with self.timed("forward"):
-                return first_inputs(self.model, self.decoder, rows, pad, self.device, file, self.ranks.mine)
+                return first_inputs(self.model, self.decoder, rows, self.device, file, self.ranks.mine)
         finally:
             for name, parameter in before.items():
                 put(self.model, name, parameter)
