@@ -15,11 +15,13 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr import pipeline, store
 from ssgr.model import Model
+from ssgr.model.checkpoint import Checkpoint
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
@@ -553,6 +555,56 @@ def test_memory_that_ends_all_the_same_is_told() -> None:
         torch.empty(2**55)
     with pytest.raises(RuntimeError, match="another"), heap.enough("type less"):
         raise RuntimeError("another")
+
+
+def twice(folder: Path) -> Model:
+    """A model whose shards hold other weights than its single file, with a copy of these under another name."""
+    saved(folder)
+    random_model(seed=1, layers=4).save_pretrained(folder / "single")
+    shutil.move(folder / "single" / "model.safetensors", folder / "model.safetensors")
+    shutil.rmtree(folder / "single")
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    return Model("random", str(folder), device="cpu")
+
+
+@pytest.mark.parametrize("named", [None, "consolidated.safetensors"])
+def test_weights_that_are_there_twice_are_those_that_transformers_loads(
+    named: str | None, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    source, own = twice(tmp_path / "source"), named or "model.safetensors"
+    if named:
+        (tmp_path / "source" / "model.safetensors").unlink()
+        config = json.loads((tmp_path / "source" / "config.json").read_text())
+        (tmp_path / "source" / "config.json").write_text(json.dumps({**config, "transformers_weights": named}))
+    prune(source, tokenizer, None, uniform(Magnitude(), HALF), Memory(1), tmp_path / "work")
+    assert set(weights(tmp_path / "work" / "checkpoint")) == {own}
+    dense, pruned = (Model("m", str(folder), device="cpu").load().state_dict()
+                     for folder in (tmp_path / "source", tmp_path / "work" / "checkpoint"))  # fmt: skip
+    assert all(torch.equal(value[value != 0], dense[name][value != 0]) for name, value in pruned.items())
+    if not named:
+        assert not (tmp_path / "work" / "checkpoint" / "model.safetensors.index.json").exists()
+
+
+@pytest.mark.parametrize("single", [True, False])
+def test_of_a_hub_repository_only_what_is_used_is_fetched(
+    single: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    twice(tmp_path / "hub")
+    if not single:
+        (tmp_path / "hub" / "model.safetensors").unlink()
+    (tmp_path / "cache").mkdir()
+
+    def fetch(path: str, revision: str, allow_patterns: list[str]) -> str:
+        for file in filter_repo_objects([f.name for f in (tmp_path / "hub").iterdir()], allow_patterns=allow_patterns):
+            shutil.copyfile(tmp_path / "hub" / file, tmp_path / "cache" / file)
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    files = Model("hub", "some/model", revision="0a" * 20).files()
+    assert (files / "config.json").exists() and not (files / "consolidated.safetensors").exists()
+    assert set(weights(files)) == (
+        {"model.safetensors"} if single else {p.file for p in Checkpoint(files).places.values()}
+    )
 
 
 def test_a_pinned_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
-from ssgr.model.checkpoint import BESIDE, CARD, LEGAL
+from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, weight_files
 from ssgr.products import finite
 from ssgr.thinking import Thinking
 
@@ -169,9 +169,12 @@ class Model:
             return self.directory
         from huggingface_hub import snapshot_download
 
-        kinds = [*(f"*{suffix}" for suffix in (".safetensors", *BESIDE)), CARD, *(f"{name}*" for name in LEGAL)]
+        beside = [SINGLE, *(f"*{suffix}" for suffix in BESIDE), CARD, *(f"{name}*" for name in LEGAL)]
         with _explained(self):
-            return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=kinds))
+            folder = Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=beside))
+        shards = weight_files(folder)  # a repository may hold its weights twice
+        with _explained(self):
+            return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=shards))
 
     @property
     def _source(self) -> tuple[str]:

@@ -40,6 +40,28 @@ class Place:
     stop: int
 
 
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files that transformers loads: the one that config.json names, the single one, or those of the index.
+
+    Raises:
+        ValueError: there are none, or the index is damaged.
+    """
+    config = directory / "config.json"
+    named = json.loads(config.read_text()).get("transformers_weights") if config.is_file() else None
+    first = named or (SINGLE if (directory / SINGLE).is_file() else INDEX)
+    if not (directory / first).is_file():
+        missing = f"no {named}, which its config.json names," if named else f"neither {SINGLE} nor {INDEX}"
+        raise ValueError(
+            f"{directory}: {missing} is there; other formats are not read: convert the checkpoint with save_pretrained"
+        )
+    if not first.endswith(".json"):
+        return [first]
+    try:
+        return sorted(set(json.loads((directory / first).read_text())["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{directory / first}: it is damaged ({error!r}); download the model again") from error
+
+
 class Checkpoint:
     """The safetensors files of a Hugging Face directory.
 
@@ -50,22 +72,8 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.places: dict[str, Place] = {}
-        for file in self._files():
+        for file in weight_files(directory):
             self._read_header(file)
-
-    def _files(self) -> list[str]:
-        index = self.directory / INDEX
-        if index.is_file():
-            try:
-                return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-                raise ValueError(f"{index}: it is damaged ({error!r}); download the model again") from error
-        if not (self.directory / SINGLE).is_file():
-            raise ValueError(
-                f"{self.directory}: neither {SINGLE} nor {INDEX} is there; other formats are not read: convert the "
-                "checkpoint with save_pretrained"
-            )
-        return [SINGLE]
 
     def _read_header(self, file: str) -> None:
         path = self.directory / file
@@ -230,8 +238,13 @@ class Replica:
 
     def copy_rest(self) -> None:
         """Copy the configuration, the tokenizer, the index and the licence of the source; its card is not of this model."""
+        unused = INDEX if self._files() == [SINGLE] else None  # of shards that are not written
         for file in self.source.directory.iterdir():
-            if file.is_file() and (file.suffix in BESIDE or file.name.upper().startswith(LEGAL)):
+            if (
+                file.name != unused
+                and file.is_file()
+                and (file.suffix in BESIDE or file.name.upper().startswith(LEGAL))
+            ):
                 shutil.copyfile(file, self.folder / file.name)
 
     def _sync(self, files: Collection[str]) -> None:
