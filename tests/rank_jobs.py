@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ JOBS = {  # pruner, dtype, order, tokens of a batch, GiB of activations in memor
     "sparsegpt": ("sparsegpt", "float32", "layer", 100, 1),
     "by block, mapped": ("sparsegpt", "float32", "block", 100, 0),
     "bfloat16": ("sparsegpt", "bfloat16", "layer", 100, 1),
+    "float32 in bfloat16": ("wanda", "rounded", "layer", 100, 1),
     "one batch": ("sparsegpt", "float32", "layer", 10**6, 1),
     "one batch, by block": ("wanda", "float32", "block", 10**6, 1),
 }
@@ -41,6 +43,7 @@ def everything(own: Ranks, sources: Mapping[str, Path], work: Path) -> None:
 
     tokenizer, rows, half = TINY.tokenizer(), calibration(rows=20), Unstructured(0.5)
     models = {dtype: Model("random", str(path), dtype=dtype, device="cpu") for dtype, path in sources.items()}  # type: ignore[arg-type]
+    models["rounded"] = dataclasses.replace(models["float32"], dtype="bfloat16")
     pruners = {"wanda": Wanda(), "sparsegpt": SparseGPT()}
     before = activations._BATCH_TOKENS
     try:

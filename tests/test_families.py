@@ -579,6 +579,18 @@ def test_masks_of_shorter_rows_take_no_memory(
         assert all(given["attention_mask"].shape == (rows, 1, tokens, tokens) for given in batch.given)
 
 
+def test_experts_are_stored_as_they_were_whatever_they_run_in(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    FAMILIES["qwen3_moe"].model().save_pretrained(tmp_path / "source")
+    source = Model("random", str(tmp_path / "source"), dtype="bfloat16", device="cpu")
+    prune(source, tokenizer, weighted(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work")
+    old, new = (tensors(folder) for folder in (tmp_path / "source", tmp_path / "work" / "checkpoint"))
+    for name, (_, value) in new.items():
+        assert torch.equal(value[value != 0], old[name][1][value != 0]), name
+    assert sum((value == 0).any() for name, (_, value) in new.items() if "experts" in name) == 2 * 4 * 3
+
+
 def test_biases_of_routers_stay_in_float32(tmp_path: Path) -> None:
     family = FAMILIES["deepseek_v3"]
     family.model().to(torch.bfloat16).save_pretrained(tmp_path)

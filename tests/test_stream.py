@@ -17,11 +17,13 @@ import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr import pipeline, store
 from ssgr.model import Model
 from ssgr.model.checkpoint import Checkpoint
+from ssgr.pruner import Pruner
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
@@ -49,6 +51,10 @@ def weights(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: value for file in sorted(folder.glob("*.safetensors")) for name, value in load_file(file).items()}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_layout_is_that_of_the_source(
     dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
@@ -69,6 +75,60 @@ def test_the_layout_is_that_of_the_source(
                     assert zeros == pytest.approx(0.5, abs=0.03) and torch.equal(new[new != 0], old[new != 0])
                 else:
                     assert torch.equal(old, new), name
+
+
+@pytest.mark.parametrize(
+    ("stored", "runs", "pruner", "order"),
+    [
+        (torch.float32, "bfloat16", Wanda(), "layer"),
+        (torch.float32, "float16", Wanda(), "block"),
+        (torch.float32, "bfloat16", SparseGPT(), "layer"),
+        (torch.float64, "auto", Wanda(), "layer"),
+    ],
+)
+def test_weights_are_solved_as_they_are_stored_whatever_they_run_in(
+    stored: torch.dtype, runs: str, pruner: Pruner, order: Literal["layer", "block"],
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = random_model().to(stored)
+    for parameter in model.parameters():
+        parameter.data *= 1 + 2**-30  # which float64 alone can tell
+    model.save_pretrained(tmp_path / "source", max_shard_size="20KB")
+    source = Model("random", str(tmp_path / "source"), dtype=runs, device="cpu")
+    given = (source, tokenizer, calibration(), uniform(pruner, HALF), Memory(1))
+    prune(*given, tmp_path / "whole", Passing("pruned", order))
+    old, new = (tensors(folder) for folder in (tmp_path / "source", tmp_path / "whole" / "checkpoint"))
+    for name, value in new.items():
+        assert value.dtype == stored
+        if not isinstance(pruner, SparseGPT) or "proj.weight" not in name:
+            assert torch.equal(value[value != 0], old[name][value != 0]), name
+    result = json.loads((tmp_path / "whole" / "prune.json").read_text())
+    for layer in result["layers"]:
+        assert layer["sparsity"] == float((new[f"{layer['name']}.weight"] == 0).double().mean())
+    real = Solver.block
+
+    def dies(self: Solver, i: int, *rest: object) -> object:
+        if i == 1:
+            raise KeyboardInterrupt
+        return real(self, i, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Solver, "block", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prune(*given, tmp_path / "killed", Passing("pruned", order))
+    monkeypatch.setattr(Solver, "block", real)
+    prune(*given, tmp_path / "killed", Passing("pruned", order))
+    assert weights(tmp_path / "killed" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
+
+
+def test_a_weight_beyond_float16_is_stored_as_it_was(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = random_model()
+    model.model.layers[0].mlp.down_proj.weight.data[3, 4] = 1e5
+    model.save_pretrained(tmp_path / "source")
+    source = Model("random", str(tmp_path / "source"), dtype="float16", device="cpu")
+    prune(source, tokenizer, None, uniform(Magnitude(), HALF), Memory(1), tmp_path / "work")
+    assert tensors(tmp_path / "work" / "checkpoint")["model.layers.0.mlp.down_proj.weight"][3, 4] == 1e5
+    with pytest.raises(ValueError, match=r"layers\.0: its output holds NaN or infinity .*type model\.dtype=float32"):
+        prune(source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "wanda")
 
 
 def test_activations_in_a_file_change_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

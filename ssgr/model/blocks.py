@@ -28,7 +28,10 @@ class Matrix:
     @property
     def weight_OI(self) -> Tensor:
         """The matrix, as a view: what is written into it is written into the parameter."""
-        whole: Tensor = getattr(self.module, self.parameter.rpartition(".")[2])
+        return self.of(getattr(self.module, self.parameter.rpartition(".")[2]))
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The matrix in `whole`, a tensor like its parameter, as a view."""
         own = whole if self.expert is None else whole[self.expert]
         return own.T if self.transposed else own
 

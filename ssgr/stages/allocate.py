@@ -42,7 +42,7 @@ def ratios(
                     known = {
                         whose: mixtures(mine, scope, statistic)[0]
                     }  # of neighbours only: one Gram matrix at a time
-                inputs, w_OI = known[whose], matrix.weight_OI.float()
+                inputs, w_OI = known[whose], walk.weight_OI(i, matrix).to(walk.device, torch.float32)
                 score = None if inputs is None and statistic != "none" else (lambda: pruner.score(w_OI, inputs))  # noqa: B023
                 yield Seen(walk.full(i, name), i, w_OI, inputs.square_I if inputs else None, score)
 

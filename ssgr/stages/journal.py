@@ -75,7 +75,8 @@ class Journal:
             return lambda: None
         values = dict(block.named_parameters())
         seconds = dict(self.walk.seconds)
-        changed = {matrix.parameter: values[matrix.parameter].detach() for matrix in layers.values()}
+        names = {matrix.parameter: self.walk.full(i, matrix.parameter) for matrix in layers.values()}
+        changed = {name: self.walk.exact.get(full, values[name].detach()) for name, full in names.items()}
 
         def keep() -> None:
             written: dict[str, Tensor] = {}

@@ -35,7 +35,7 @@ from ssgr.stages.steps import Owners, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
-VERSION = 5
+VERSION = 6
 _log = logging.getLogger("ssgr")
 
 

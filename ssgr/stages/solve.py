@@ -55,10 +55,10 @@ class Solver:
                     found |= self._group(i, [layers[n] for n in group], owner, sums)
             for group, rank in dealt:
                 for name in group:
-                    whole = layers[name].weight_OI.contiguous()
+                    whole = self.walk.weight_OI(i, layers[name]).to(self.walk.device).contiguous()
                     self.ranks.give(whole, rank)
                     if rank != self.ranks.rank:
-                        layers[name].weight_OI.copy_(whole)
+                        self.walk.replace(i, layers[name], whole)
                     found[name] = self.ranks.tell(found.get(name), rank)
         return found
 
@@ -71,7 +71,8 @@ class Solver:
         mine = {stream: parts for (whose, stream), parts in sums.items() if whose == own}
         seen, later = mixtures(mine, self.method.scope, pruner.statistic)
         names = [self.walk.full(i, matrix.name) for matrix in group]
-        before = [matrix.weight_OI.to(torch.float32, copy=True) for matrix in group]
+        stored = [self.walk.weight_OI(i, matrix) for matrix in group]
+        before = [w_OI.to(self.walk.device, torch.float32, copy=True) for w_OI in stored]
         targets = [self.ratios[name] for name in names]
         for inputs in (seen, later):
             if inputs and not finite(inputs.square_I):
@@ -81,10 +82,14 @@ class Solver:
         pruned = self._pruned(before, seen, targets, names)
         each = (time.perf_counter() - start) / len(group)
         out = {}
-        for matrix, full, old_OI, new, target in zip(group, names, before, pruned, targets, strict=True):
+        each_one = zip(group, names, stored, before, pruned, targets, strict=True)
+        for matrix, full, stored_OI, old_OI, new, target in each_one:
             dtype = self.walk.layout.dtype(self.walk.full(i, matrix.parameter))
-            matrix.weight_OI.copy_(_rounded(new.w_OI, dtype, full))
-            new_OI = matrix.weight_OI.float()
+            w_OI = _rounded(new.w_OI, dtype, full)
+            if dtype == torch.float64:  # solved in float32: what was only kept stays as it was
+                w_OI = torch.where((w_OI == old_OI) & (w_OI != 0), stored_OI.to(w_OI.device), w_OI)
+            self.walk.replace(i, matrix, w_OI)
+            new_OI = w_OI.float()
             kept_O = new_OI.count_nonzero(1)
             zeros = 1 - int(kept_O.sum()) / new_OI.numel()
             out[matrix.name] = LayerResult(

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
 from ssgr.model.attention import attend_causally
-from ssgr.model.blocks import Tail, decoder_blocks, empty, output_layer, outside, put
+from ssgr.model.blocks import Matrix, Tail, decoder_blocks, empty, output_layer, outside, put
 from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
 from ssgr.products import finite, native
@@ -44,6 +44,7 @@ class Walk:
         self.dtype = _dtype(model, self.source, self.stored(0), self.device)
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and native(self.dtype):
             attend_causally(self.model)
+        self.exact: dict[str, Tensor] = {}  # parameters of the block at hand as stored, where its own are rounded
         self.seconds: dict[str, float] = defaultdict(float)
 
     def __len__(self) -> int:
@@ -85,6 +86,22 @@ class Walk:
                 coming = [pool.submit(read, after) for after in which[n : n + 1]]
                 yield i, self.blocks[i]
                 empty(self.blocks[i])
+                self.exact.clear()
+
+    def weight_OI(self, i: int, matrix: Matrix) -> Tensor:
+        """A matrix of block `i` as the checkpoint holds it, as a view: read again where the block runs in a dtype that rounds."""
+        full = self.full(i, matrix.parameter)
+        if torch.promote_types(self.layout.dtype(full), matrix.weight_OI.dtype) == matrix.weight_OI.dtype:
+            return matrix.weight_OI
+        if full not in self.exact:
+            self.exact[full] = self.layout.read(full)
+        return matrix.of(self.exact[full])
+
+    def replace(self, i: int, matrix: Matrix, new_OI: Tensor) -> None:
+        """Let a matrix of block `i` be `new_OI`, where it runs and where it is stored."""
+        self.weight_OI(i, matrix).copy_(new_OI)
+        if self.exact:
+            matrix.weight_OI.copy_(new_OI)
 
     def begin(self, rows: Sequence[Passage], tokenizer: PreTrainedTokenizerBase, file: Path | None) -> list[Batch]:
         """Bring the rows to the first block: the batches of this rank.
