@@ -77,11 +77,21 @@ def test_all_but_weights_and_card_is_copied_as_it_is(source: Path, tmp_path: Pat
     for file in (tmp_path / "pruned").iterdir():
         if file.suffix != ".safetensors":
             assert file.read_bytes() == (source / file.name).read_bytes(), file.name
-    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
-    assert not {"sparsity_config", "quantization_config"} & set(config)
     same = AutoTokenizer.from_pretrained(tmp_path / "pruned")
     assert same.chat_template == AutoTokenizer.from_pretrained(source).chat_template
     assert same("12 + 3")["input_ids"] == TINY.tokenizer()("12 + 3")["input_ids"]
+
+
+def test_what_a_source_says_of_its_own_sparsity_is_not_copied(source: Path, tmp_path: Path) -> None:
+    """Readers would take the pruned weights for what they are not."""
+    config = json.loads((source / "config.json").read_text())
+    of_source = {"format": "dense", "sparsity_structure": "2:4"}
+    more = {"sparsity_config": of_source, "compression_config": {"format": "dense", "sparsity_config": of_source}}
+    (source / "config.json").write_text(json.dumps({**config, **more}))
+    (tmp_path / "pruned").mkdir()
+    Replica(Checkpoint(source), tmp_path / "pruned").copy_rest()
+    found = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    assert found == {**config, "compression_config": {"format": "dense"}}
 
 
 def test_the_record_says_where_it_comes_from_and_not_when_or_where_it_was_made(source: Path, tmp_path: Path) -> None:

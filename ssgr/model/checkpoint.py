@@ -14,6 +14,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")  # how the files begin that must go wherever the weights go
+CONFIG = "config.json"
 CARD = "README.md"  # tells of one model; it is not copied to another
 _LENGTH_BYTES = 8  # of the header's length, little-endian (safetensors format)
 _CHUNK = 16 << 20  # bytes copied at a time
@@ -46,7 +48,7 @@ def weight_files(directory: Path) -> list[str]:
     Raises:
         ValueError: there are none, or the index is damaged.
     """
-    config = directory / "config.json"
+    config = directory / CONFIG
     named = json.loads(config.read_text()).get("transformers_weights") if config.is_file() else None
     first = named or (SINGLE if (directory / SINGLE).is_file() else INDEX)
     if not (directory / first).is_file():
@@ -246,8 +248,19 @@ class Replica:
                 and (file.suffix in BESIDE or file.name.upper().startswith(LEGAL))
             ):
                 shutil.copyfile(file, self.folder / file.name)
+        config = self.folder / CONFIG
+        found = json.loads(config.read_text()) if config.is_file() else None
+        if found != (plain := _without_sparsity(found)):
+            config.write_text(json.dumps(plain, indent=2) + "\n")
 
     def _sync(self, files: Collection[str]) -> None:
         for file in files:
             with open(self.folder / file, "rb") as stream:
                 os.fsync(stream.fileno())
+
+
+def _without_sparsity(config: Any) -> Any:
+    """`config` without what says how another pruning was done, here or inside compression_config."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _without_sparsity(value) for key, value in config.items() if key != "sparsity_config"}
