@@ -82,6 +82,22 @@ def test_all_but_weights_and_card_is_copied_as_it_is(source: Path, tmp_path: Pat
     assert same("12 + 3")["input_ids"] == TINY.tokenizer()("12 + 3")["input_ids"]
 
 
+def test_several_chat_templates_go_along_and_are_part_of_the_model(source: Path, tmp_path: Path) -> None:
+    tokenizer, model = TINY.tokenizer(), Model("local", str(source), device="cpu")
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tools": "{{ messages }}"}
+    before = model.fingerprint
+    tokenizer.save_pretrained(source)
+    assert (source / "additional_chat_templates" / "tools.jinja").is_file()
+    (tmp_path / "pruned").mkdir()
+    Replica(Checkpoint(source), tmp_path / "pruned").copy_rest()
+    assert AutoTokenizer.from_pretrained(tmp_path / "pruned").chat_template == tokenizer.chat_template
+    prints = [before, Model("local", str(source), device="cpu").fingerprint]
+    for name in ("additional_chat_templates/tools.jinja", "vocabulary.tiktoken"):
+        (source / name).write_text("{{ tools }}")
+        prints.append(Model("local", str(source), device="cpu").fingerprint)
+    assert len(set(prints)) == 4
+
+
 def test_what_a_source_says_of_its_own_sparsity_is_not_copied(source: Path, tmp_path: Path) -> None:
     """Readers would take the pruned weights for what they are not."""
     config = json.loads((source / "config.json").read_text())

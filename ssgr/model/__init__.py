@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
-from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, weight_files
+from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, beside, weight_files
 from ssgr.products import finite
 from ssgr.thinking import Thinking
 
@@ -78,9 +78,8 @@ class Model:
         if self.directory is None:
             return self._commit()
         whole = hashlib.sha256()
-        for file in sorted(self.directory.iterdir()):
-            if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt", ".py"):
-                whole.update(f"{file.name}\n{checksum(file)}\n".encode())
+        for file in sorted([*beside(self.directory), *self.directory.glob("*.safetensors")]):
+            whole.update(f"{file.relative_to(self.directory)}\n{checksum(file)}\n".encode())
         return whole.hexdigest()
 
     def _commit(self) -> str:
@@ -169,9 +168,9 @@ class Model:
             return self.directory
         from huggingface_hub import snapshot_download
 
-        beside = [SINGLE, *(f"*{suffix}" for suffix in BESIDE), CARD, *(f"{name}*" for name in LEGAL)]
+        kinds = [SINGLE, *(f"*{suffix}" for suffix in BESIDE), CARD, *(f"{name}*" for name in LEGAL)]
         with _explained(self):
-            folder = Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=beside))
+            folder = Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=kinds))
         shards = weight_files(folder)  # a repository may hold its weights twice
         with _explained(self):
             return Path(snapshot_download(self.path, revision=self.fingerprint, allow_patterns=shards))

@@ -24,6 +24,7 @@ from ssgr.products import finite
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
+TEMPLATES = "additional_chat_templates/*.jinja"  # where there are several
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")  # how the files begin that must go wherever the weights go
 CONFIG = "config.json"
 CARD = "README.md"  # tells of one model; it is not copied to another
@@ -62,6 +63,12 @@ def weight_files(directory: Path) -> list[str]:
         return sorted(set(json.loads((directory / first).read_text())["weight_map"].values()))
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{directory / first}: it is damaged ({error!r}); download the model again") from error
+
+
+def beside(directory: Path) -> list[Path]:
+    """What a checkpoint needs beside its weights: configuration, tokenizer, chat templates, code."""
+    found = [*directory.iterdir(), *directory.glob(TEMPLATES)]
+    return sorted(file for file in found if file.suffix in BESIDE and file.is_file())
 
 
 class Checkpoint:
@@ -241,13 +248,13 @@ class Replica:
     def copy_rest(self) -> None:
         """Copy the configuration, the tokenizer, the index and the licence of the source; its card is not of this model."""
         unused = INDEX if self._files() == [SINGLE] else None  # of shards that are not written
-        for file in self.source.directory.iterdir():
-            if (
-                file.name != unused
-                and file.is_file()
-                and (file.suffix in BESIDE or file.name.upper().startswith(LEGAL))
-            ):
-                shutil.copyfile(file, self.folder / file.name)
+        source = self.source.directory
+        legal = {file for file in source.iterdir() if file.is_file() and file.name.upper().startswith(LEGAL)}
+        for file in legal.union(beside(source)):
+            if file.name != unused:
+                copy = self.folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
         config = self.folder / CONFIG
         found = json.loads(config.read_text()) if config.is_file() else None
         if found != (plain := _without_sparsity(found)):
