@@ -120,6 +120,16 @@ def test_a_checkpoint_without_some_weights_names_one(run: Run, tmp_path: Path) -
     )
 
 
+def test_a_cut_shard_is_named(run: Run, tmp_path: Path) -> None:
+    TINY.load().save_pretrained(tmp_path / "cut", max_shard_size="2MB")
+    TINY.tokenizer().save_pretrained(tmp_path / "cut")
+    shard = sorted((tmp_path / "cut").glob("*.safetensors"))[2]
+    shard.write_bytes(shard.read_bytes()[:-9])
+    told(run, ["model=local", f"model.path={tmp_path / 'cut'}"], [str(shard), "it is cut; download the model again"])
+    shard.unlink()
+    told(run, ["model=local", f"model.path={tmp_path / 'cut'}"], [str(shard), "this shard cannot be read"])
+
+
 def test_a_model_without_decoder_blocks(run: Run, tmp_path: Path) -> None:
     size = {"d_model": 32, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32}
     config = BartConfig(vocab_size=512, encoder_layers=3, decoder_layers=2, encoder_ffn_dim=32, **size)

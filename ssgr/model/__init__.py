@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
-from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, beside, weight_files
+from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, Checkpoint, beside, weight_files
 from ssgr.products import finite
 from ssgr.thinking import Thinking
 
@@ -113,13 +113,15 @@ class Model:
         """The model without weights, for a look at its structure before hours of work.
 
         Raises:
-            ValueError: it cannot be loaded, is quantised, or there is no such device.
+            ValueError: it cannot be loaded, is quantised, a local file of its weights is not whole, or there is no such device.
         """
         self.torch_device()
         with _explained(self):
             config = _unquantised(AutoConfig.from_pretrained(*self._source, **self._how))
-            with weightless():
-                model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
+        if self.directory is not None:
+            Checkpoint(self.directory)
+        with _explained(self), weightless():
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=self.trust_remote_code)
         experts.use(model)
         _attend_exactly(model)
         return cast(PreTrainedModel, model.eval())
