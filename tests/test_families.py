@@ -563,6 +563,26 @@ def test_a_checkpoint_keeps_the_names_it_has(layout: str, tokenizer: PreTrainedT
     assert set(other) == set(want) and all(torch.equal(other[name], want[name]) for name in want)
 
 
+@pytest.mark.parametrize("family", [FAMILIES["qwen2"], FAMILIES["gemma2"]], ids=lambda family: family.kind)
+def test_tied_weights_may_be_stored_under_the_name_of_the_output_layer(
+    family: Family, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    family.model().save_pretrained(tmp_path / "source")
+    file = tmp_path / "source" / "model.safetensors"
+    weights = {name: value for name, (_, value) in tensors(tmp_path / "source").items()}
+    assert "lm_head.weight" not in weights
+    weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+    save_file(weights, file, {"format": "pt"})
+    source = Model("random", str(tmp_path / "source"), device="cpu")
+    prune(source, tokenizer, weighted(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work")
+    checkpoint = tmp_path / "work" / "checkpoint"
+    old, new = (tensors(folder) for folder in (tmp_path / "source", checkpoint))
+    assert set(new) == set(old) and torch.equal(new["lm_head.weight"][1], old["lm_head.weight"][1])
+    loaded = Model("pruned", str(checkpoint), device="cpu").load()
+    assert torch.equal(loaded.get_input_embeddings().weight, old["lm_head.weight"][1])
+    assert loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
+
+
 def test_masks_of_shorter_rows_take_no_memory(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

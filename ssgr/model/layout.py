@@ -34,13 +34,17 @@ class Layout:
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         self._converters = {pattern: t for t in converters for pattern in t.source_patterns}
         self._parts: dict[str, list[tuple[str, str | None]]] = {}  # stored name and the pattern of its converter
-        wanted = model.state_dict()
+        wanted = model.state_dict(keep_vars=True)
         for stored in sorted(checkpoint.places, key=dot_natural_key):
             name, pattern = rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
             if name not in wanted:
                 name, pattern = rename_source_key(stored, [], [], model.base_model_prefix, wanted)
             if name in wanted:
                 self._parts.setdefault(name, []).append((stored, pattern))
+        held = {id(wanted[name]): parts for name, parts in self._parts.items()}
+        for name, value in wanted.items():  # of tied weights one name is enough, whichever
+            if id(value) in held:
+                self._parts.setdefault(name, held[id(value)])
         used = [t for t in transforms if t.was_used()]  # what is undone when a part is written
         model._weight_conversions = used  # type: ignore[assignment]
 
