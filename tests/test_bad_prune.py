@@ -17,6 +17,7 @@ from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
 from ssgr.pruner import Pruner
+from ssgr.pruner.alps import ALPS
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
@@ -70,6 +71,13 @@ def test_a_layer_that_would_lose_many_outputs(order: str, tokenizer: PreTrainedT
             model, tokenizer, tmp_path / "out", uniform(Wanda(compare="layer"), HALF), passing=Passing("pruned", order)
         )  # type: ignore[arg-type]
     prune(model, tokenizer, tmp_path / "other", uniform(Wanda(), HALF))
+
+
+@pytest.mark.parametrize("pruner", [Wanda(), SparseGPT(), ALPS(), ALPS(compare="row")])
+def test_a_ratio_that_leaves_nothing(pruner: Pruner, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    advice = "pruner.compare=row, a smaller" if getattr(pruner, "compare", "") == "layer" else "a smaller"
+    with pytest.raises(ValueError, match=rf"outputs would lose all their weights, .*; type {advice} sparsity\.ratio"):
+        prune(saved(tmp_path / "m"), tokenizer, tmp_path / "out", uniform(pruner, Unstructured(0.9999)))
 
 
 def test_a_source_that_changes_between_two_runs(

@@ -91,7 +91,7 @@ class ALPS:
         target_OI, rho, searching = dense_OI @ h_II, self.rho, True
         before_OI = keep(dense_OI)
         w_OI, d_OI, v_OI = dense_OI, dense_OI * before_OI, torch.zeros_like(dense_OI)
-        kept = int(before_OI.sum())
+        kept = max(1, int(before_OI.sum()))
         for done in range(1, self.iterations + 1):
             if done % _EVERY == 1:  # rho may have changed
                 inverse_II = vectors_II * (values_I + rho).reciprocal() @ vectors_II.T

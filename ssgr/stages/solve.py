@@ -16,7 +16,7 @@ from ssgr.products import finite
 from ssgr.pruner import Moments, Pruned, Pruner, Statistic
 from ssgr.records import LayerResult
 from ssgr.scope import BOTH, Scope
-from ssgr.sparsity import Sparsity
+from ssgr.sparsity import Compare, Sparsity
 from ssgr.stages.activations import ALL, HELD_OUT
 from ssgr.stages.collect import moments, relative_error, sharing
 from ssgr.stages.statistics import Heard
@@ -100,7 +100,7 @@ class Solver:
                 seen.tokens if seen else 0.0,
                 _error(old_OI, new_OI, seen),
                 _error(old_OI, new_OI, later),
-                _emptied(old_OI, kept_O, full),
+                _emptied(old_OI, kept_O, full, getattr(pruner, "compare", None)),
                 new.condition,
                 new.damping,
                 each,
@@ -153,8 +153,8 @@ def _rounded(w_OI: Tensor, dtype: torch.dtype, full: str) -> Tensor:
     return out
 
 
-def _emptied(old_OI: Tensor, kept_O: Tensor, full: str) -> int:
-    """How many outputs lost all of their weights, of which `kept_O` are left.
+def _emptied(old_OI: Tensor, kept_O: Tensor, full: str, compare: Compare | None) -> int:
+    """How many outputs lost all of their weights, of which `kept_O` are left; `compare` is the pruner's, if it has one.
 
     Raises:
         ValueError: they are more than a few.
@@ -165,8 +165,8 @@ def _emptied(old_OI: Tensor, kept_O: Tensor, full: str) -> int:
     if count > _EMPTIED * len(lost):
         raise ValueError(
             f"{full}: {count} of its {len(lost)} outputs would lose all their weights, the first is row "
-            f"{int(lost.nonzero()[0])}; type pruner.compare=row, a smaller sparsity.ratio, or leave the layer out with "
-            "pruner.exclude"
+            f"{int(lost.nonzero()[0])}; type {'pruner.compare=row, ' if compare == 'layer' else ''}a smaller sparsity.ratio, or "
+            "leave the layer out with pruner.exclude"
         )
     if count:
         _log.warning("%s: %d of its %d outputs lost all their weights", full, count, len(lost))
