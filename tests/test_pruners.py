@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ssgr.pruner import Moments, Pruner
 from ssgr.pruner.alps import ALPS, refit
+from ssgr.pruner.dsnot import DSnoT
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.ria import RIA
 from ssgr.pruner.sparsegpt import SparseGPT, inverse_factor
@@ -244,6 +246,25 @@ def test_relative_error_is_that_of_the_outputs() -> None:
     new = prune(Magnitude(), w_OI, None, Unstructured(0.5))
     want = float((x_TI @ (w_OI - new).T).norm() / (x_TI @ w_OI.T).norm())
     assert relative_error(w_OI, new, x_TI.T @ x_TI) == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("inputs", [8, 64, 512])
+@pytest.mark.parametrize("pruner", [SparseGPT(), DSnoT(SparseGPT()), ALPS()], ids=lambda pruner: pruner.name)
+def test_the_condition_is_that_of_the_damped_hessian(pruner: Pruner, inputs: int) -> None:
+    w_OI, x_TI = problem(8, inputs)
+    seen = moments(x_TI * torch.logspace(0, 1.5, inputs, dtype=torch.float64))
+    assert seen.gram_II is not None
+    h_II = seen.gram_II.double() + 0.01 * float(seen.gram_II.diagonal().mean()) * torch.eye(inputs)
+    if pruner.name == "alps":  # it solves for inputs of norm 1
+        h_II = h_II / h_II.diagonal().sqrt() / h_II.diagonal().sqrt()[:, None]
+    found = pruner.prune([w_OI.float()], seen, [Unstructured(0.5)], "w")[0].condition
+    assert found == pytest.approx(np.linalg.cond(h_II.numpy()), rel=0.01)
+
+
+@pytest.mark.parametrize("pruner", [SparseGPT(), ALPS()], ids=lambda pruner: pruner.name)
+def test_the_condition_of_inputs_that_are_alike_and_independent_is_one(pruner: Pruner) -> None:
+    seen = Moments(9.0, torch.zeros(16), torch.ones(16), torch.eye(16))
+    assert pruner.prune([problem(8, 16)[0].float()], seen, [NM(2, 4)], "w")[0].condition == pytest.approx(1, rel=1e-5)
 
 
 def test_a_failing_cholesky_raises_damping_step_by_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -88,7 +88,7 @@ class DSnoT:
                 cost_OI = self.base.score(w_OI, inputs) if grouped else w_OI.abs() * inputs.square_I.sqrt()
                 parts = zip(*(torch.split(whole_OI, _ROWS) for whole_OI in (w_OI, keep_OI, cost_OI)), strict=True)
                 keep_OI = torch.cat([self._refined(w, keep, cost, inputs, sparsity.group) for w, keep, cost in parts])
-            out.append(Pruned(w_OI * keep_OI, of_base.damping))
+            out.append(Pruned(w_OI * keep_OI, of_base.damping, of_base.condition))
         return out
 
     def _refined(self, w_RI: Tensor, keep_RI: Tensor, cost_RI: Tensor, inputs: Moments, group: int | None) -> Tensor:
