@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from ssgr import model as model_module
 from ssgr import pipeline, store
 from ssgr.model import Model
 from ssgr.model.checkpoint import Checkpoint
@@ -665,6 +666,31 @@ def test_of_a_hub_repository_only_what_is_used_is_fetched(
     assert set(weights(files)) == (
         {"model.safetensors"} if single else {p.file for p in Checkpoint(files).places.values()}
     )
+
+
+def test_a_model_is_known_by_every_byte_and_a_large_file_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "_READ_ALWAYS", 1000)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    saved(tmp_path / "m", shard="5GB")
+    file = tmp_path / "m" / "model.safetensors"
+
+    def told(folder: str = "m") -> str:
+        model_module._checksum_of.cache_clear()  # what a new process starts with
+        return Model("random", str(tmp_path / folder), device="cpu").fingerprint
+
+    before, content, stat = told(), file.read_bytes(), file.stat()
+    shutil.copytree(tmp_path / "m", tmp_path / "copy")
+    os.utime(tmp_path / "copy" / "model.safetensors", (1, 1))
+    assert told("copy") == before
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # a bit of the last norm
+    assert told() != before
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # as if it had not changed: it is not read
+    assert told() == before
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("no folder")
+    assert told() != before == told("copy")
 
 
 def test_a_pinned_commit_needs_no_network(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import logging
+import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -17,6 +20,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ssgr import files
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
 from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, Checkpoint, beside, weight_files
@@ -24,8 +28,8 @@ from ssgr.products import finite
 from ssgr.thinking import Thinking
 
 _PACKAGED = "pkg://"
-_HASHED_WHOLE = 2 << 30  # bytes: of larger weight files the head and one part in sixteen, evenly spread, are hashed
-_SAMPLE, _STRIDE = 1 << 16, 1 << 20  # 64 KiB of every MiB: training changes some of it, an edit by hand need not
+_READ_ALWAYS = 1 << 28  # bytes, which take less than a second: checksums of larger files are remembered
+_log = logging.getLogger("ssgr")
 
 
 @dataclass(frozen=True)
@@ -309,21 +313,32 @@ def locate(path: str) -> Path:
 
 
 def checksum(file: Path) -> str:
-    """What the content of `file` is; of a large one, what a part in sixteen of it is."""
+    """What the content of `file` is."""
     stat = file.stat()
-    return _checksum_of(file, stat.st_size, stat.st_mtime_ns)
+    return _checksum_of(file.resolve(), stat.st_size, stat.st_mtime_ns)
 
 
 @cache  # the cells of a grid ask again and again
 def _checksum_of(file: Path, size: int, changed: int) -> str:
+    """That of a large file is read once: other processes find it in the user's cache, by path, size and time of change."""
+    if size <= _READ_ALWAYS:
+        return _read(file, size)
+    name = hashlib.sha256(f"{file}\n{size}\n{changed}".encode()).hexdigest()
+    note = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ssgr", "checksums", name)
+    with suppress(OSError, RuntimeError):  # it is not there; there is no home
+        return note.expanduser().read_text()
+    _log.info("%s is read once, to tell which model it is", file)
+    found = _read(file, size)
+    with suppress(OSError, RuntimeError):  # then it is read again
+        note = note.expanduser()
+        note.parent.mkdir(parents=True, exist_ok=True)
+        files.write_bytes(note, found.encode())
+    return found
+
+
+def _read(file: Path, size: int) -> str:
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
-        if size <= _HASHED_WHOLE:
-            while chunk := stream.read(1 << 24):
-                digest.update(chunk)
-        else:
-            digest.update(stream.read(1 << 24))
-            for at in range(1 << 24, size, _STRIDE):
-                stream.seek(at)
-                digest.update(stream.read(_SAMPLE))
+        while chunk := stream.read(1 << 24):
+            digest.update(chunk)
     return digest.hexdigest()
