@@ -43,6 +43,7 @@ class Server:
     bos: bool = False  # adds a token to each prompt
     key: str = ""
     served: int = 0
+    bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
@@ -77,6 +78,7 @@ def running(server: Server) -> Iterator[str]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with server.lock:
+                server.bodies.append(body)
                 if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                     return self.reply(401, {"error": "no key"})
                 if server.refuse:
@@ -179,6 +181,30 @@ def ask(url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, **how: Any
     asked = requests(tokenizer, count, 1)
     own = ServerSampler(url, concurrency=2, **{"retries": 1, **how})
     return [t for some in own.sample(TINY, tokenizer, asked, SAMPLING) for t in some]
+
+
+def test_all_that_changes_the_distribution_is_sent(tokenizer: PreTrainedTokenizerBase) -> None:
+    """A server fills what is absent from the checkpoint's generation config, or from defaults of its own."""
+    with running(server := Server(TINY.load(), tokenizer)) as url:
+        (trace,) = ask(url, tokenizer, count=1)
+    (body,) = server.bodies
+    assert body == {
+        "model": "tiny",
+        "prompt": list(trace.prompt_ids),
+        "max_tokens": 60,
+        "seed": trace.seed % 2**31,
+        "temperature": 0.6,
+        "top_p": 0.95,
+        "top_k": -1,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "repeat_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "samplers": ["temperature", "top_p"],
+        "return_token_ids": True,
+        "return_tokens": True,
+    }
 
 
 def test_a_busy_server_is_asked_again(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -24,6 +24,16 @@ from ssgr.sampler import Decoding, Request
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that a later try may turn
+_NOTHING_ELSE = {  # what changes the distribution beside temperature and top_p, turned off
+    # Else vLLM and SGLang fill it from the checkpoint's generation_config.json, and llama.cpp from defaults of its own.
+    "top_k": -1,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "repeat_penalty": 1.0,  # llama.cpp's name of it
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "samplers": ["temperature", "top_p"],  # llama.cpp's, which would take the nucleus before the temperature
+}
 
 
 @dataclass(frozen=True)
@@ -119,6 +129,7 @@ class _Asking:
         body = {
             "model": self.name, "prompt": list(request.prompt_ids), "max_tokens": most, "temperature": self.decoding.temperature,
             "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True, "return_tokens": True,
+            **_NOTHING_ELSE,
         }  # fmt: skip
         choice = self._post(request, body)
         back = choice.get("prompt_token_ids")

@@ -23,7 +23,7 @@ from ssgr.stages import heap
 from ssgr.tables import read_traces, write_traces
 
 _log = logging.getLogger("ssgr")
-VERSION = 1
+VERSION = 2
 TRACES, SPENT = "traces.parquet", "spent.json"
 
 
