@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel  # by name only: its import takes seconds
+    from transformers import GenerationConfig, PreTrainedModel  # by name only: its import takes seconds
 
 
 class Loadable(Protocol):
@@ -14,6 +14,10 @@ class Loadable(Protocol):
 
     def load(self) -> PreTrainedModel:
         """The loaded model."""
+        ...
+
+    def generation(self) -> GenerationConfig | None:
+        """Its generation config, without loading it; None if there is none to be had."""
         ...
 
     def files(self) -> Path:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr.model import Model
 from tests.started import Started
@@ -63,6 +63,10 @@ class Loaded:
     def load(self) -> PreTrainedModel:
         """The model."""
         return self.model  # type: ignore[no-any-return]
+
+    def generation(self) -> GenerationConfig | None:
+        """That of the model."""
+        return self.model.generation_config  # type: ignore[no-any-return]
 
     def files(self) -> Path:
         """None: it has no files."""

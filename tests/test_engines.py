@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import queue
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -16,16 +17,17 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ssgr.loadable import Loadable
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, Sampler, batch, slots, stop_ids
 from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.sampler.server import ServerSampler
-from ssgr.sampler.vllm import VllmSampler
+from ssgr.sampler.vllm import VllmSampler, _Replicas
 from ssgr.stages.sample import sample
 from ssgr.tables import write_traces
-from tests.conftest import TINY
+from tests.conftest import TINY, Loaded
 from tests.test_sampler import requests
 
 SAMPLING = Decoding(2, 0.6, 0.95, 60, 0)
@@ -41,6 +43,8 @@ class Server:
     dies_after: int | None = None  # so many answers; then connections are cut
     gives: str = "token_ids"  # or tokens, or text
     bos: bool = False  # adds a token to each prompt
+    ends: list[str | None] = field(default_factory=list)  # how the first responses end, whatever they are
+    change: Callable[[dict[str, Any]], None] = lambda answer: None  # what it does to each answer
     key: str = ""
     served: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests
@@ -51,13 +55,18 @@ class Server:
         decoding = Decoding(1, body["temperature"], body["top_p"], body["max_tokens"], body["seed"])
         stop = stop_ids(self.model.generation_config, self.tokenizer)
         (trace,) = (t for some in slots.decode(self.model, [request], decoding, stop, 1) for t in some)
-        out = {
-            "finish_reason": trace.finish,
+        prompt_ids = [*([0] if self.bos else []), *body["prompt"]]
+        choice = {
+            "finish_reason": self.ends.pop(0) if self.ends else trace.finish,
             "text": self.tokenizer.decode(trace.generated_ids, skip_special_tokens=True),
+            "prompt_token_ids": prompt_ids,
         }
         if self.gives != "text":
-            out[self.gives] = list(trace.generated_ids)
-        return out | {"prompt_token_ids": [*([0] if self.bos else []), *body["prompt"]]}
+            choice[self.gives] = list(trace.generated_ids)
+        usage = {"prompt_tokens": len(prompt_ids), "completion_tokens": len(trace.generated_ids)}
+        answer = {"choices": [choice], "usage": usage}
+        self.change(answer)
+        return answer
 
 
 @contextmanager
@@ -88,7 +97,7 @@ def running(server: Server) -> Iterator[str]:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return None
                 server.served += 1
-                return self.reply(200, {"choices": [server.complete(body)]})
+                return self.reply(200, server.complete(body))
 
         def log_message(self, *args: object) -> None: ...
 
@@ -177,10 +186,12 @@ def test_an_engine_keeps_the_contract(engine: Callable[..., Sampler], tokenizer:
     assert all(a[: len(b)] == b[: len(a)] for a, b in pairs)
 
 
-def ask(url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, **how: Any) -> list[Trace]:
+def ask(
+    url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, checkpoint: Loadable = TINY, **how: Any
+) -> list[Trace]:
     asked = requests(tokenizer, count, 1)
     own = ServerSampler(url, concurrency=2, **{"retries": 1, **how})
-    return [t for some in own.sample(TINY, tokenizer, asked, SAMPLING) for t in some]
+    return [t for some in own.sample(checkpoint, tokenizer, asked, SAMPLING) for t in some]
 
 
 def test_all_that_changes_the_distribution_is_sent(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -195,6 +206,7 @@ def test_all_that_changes_the_distribution_is_sent(tokenizer: PreTrainedTokenize
         "seed": trace.seed % 2**31,
         "temperature": 0.6,
         "top_p": 0.95,
+        "stop_token_ids": [1],
         "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,
@@ -227,6 +239,79 @@ def test_text_alone_is_refused_unless_it_may_be_tokenised_again(tokenizer: PreTr
     assert got.keys() == want.keys() and all(got[name].finish == want[name].finish for name in want)
     with running(Server(TINY.load(), tokenizer, gives="tokens")) as url:
         assert {t.problem_id: t for t in ask(url, tokenizer)} == want
+
+
+def test_a_stop_token_is_what_the_generation_config_names(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Not only what the tokenizer calls special: nothing is appended to a response that ends with it."""
+    model = TINY.load()
+    with running(Server(model, tokenizer)) as url:
+        often = min(set.intersection(*({*t.generated_ids} - {*tokenizer.all_special_ids} for t in ask(url, tokenizer))))
+    assert model.generation_config is not None
+    model.generation_config.eos_token_id = [1, often]
+    with running(Server(model, tokenizer)) as url:
+        traces = ask(url, tokenizer, checkpoint=Loaded(model))
+    assert {trace.generated_ids[-1] for trace in traces} == {often}
+    assert not any(often in trace.generated_ids[:-1] for trace in traces)
+
+
+def test_a_response_that_was_not_finished_is_asked_for_again(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssgr.sampler.server._LONGEST_PAUSE", 0.01)
+    with running(Server(TINY.load(), tokenizer)) as url:
+        want = ask(url, tokenizer, count=1)
+    with running(Server(TINY.load(), tokenizer, ends=["abort", "content_filter", None])) as url:
+        assert ask(url, tokenizer, count=1, retries=3) == want
+    with (
+        running(Server(TINY.load(), tokenizer, ends=["abort"] * 9)) as url,
+        pytest.raises(ValueError, match=r"failed: the response was not finished \(finish_reason=abort\); what was"),
+    ):
+        ask(url, tokenizer, count=1)
+
+
+def none_drawn(answer: dict[str, Any]) -> None:
+    answer["choices"][0]["token_ids"] = []
+
+
+def another_vocabulary(answer: dict[str, Any]) -> None:
+    answer["choices"][0]["token_ids"][0] = 151643
+
+
+def too_many(answer: dict[str, Any]) -> None:
+    answer["choices"][0]["token_ids"][:-1] = [5] * 60
+
+
+def cut_sooner(answer: dict[str, Any]) -> None:
+    answer["choices"][0] |= {"token_ids": [5] * 59, "finish_reason": "length"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (none_drawn, "is empty; look at the server's log"),
+        (another_vocabulary, "has the token id 151643, and the model's vocabulary is 512: is it another model"),
+        (too_many, "has 61 tokens, and 60 were asked for"),
+        (cut_sooner, "was cut at 59 of 60 tokens: start the server with a longer context, or lower max_new_tokens"),
+    ],
+)
+def test_ids_that_cannot_be_the_response_are_refused(
+    change: Callable[[dict[str, Any]], None], said: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with (
+        running(Server(TINY.load(), tokenizer, change=change)) as url,
+        pytest.raises(ValueError, match=rf"url={url}: the response to attempt 0 of .* {said}"),
+    ):
+        ask(url, tokenizer, count=1)
+
+
+def test_an_empty_text_is_a_response_that_stopped_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
+    def empty(answer: dict[str, Any]) -> None:
+        answer["choices"][0] |= {"text": "", "finish_reason": "stop"}
+        answer["usage"]["completion_tokens"] = 1
+
+    with running(Server(TINY.load(), tokenizer, gives="text", change=empty)) as url:
+        (trace,) = ask(url, tokenizer, count=1, allow_retokenise=True)
+    assert trace.generated_ids == (tokenizer.eos_token_id,) and trace.finish == "stop"
 
 
 def test_a_prompt_that_comes_back_changed_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -283,3 +368,15 @@ def test_vllm_that_is_not_installed_is_one_sentence(tokenizer: PreTrainedTokeniz
 def test_numbers_that_vllm_cannot_use_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"sampler.engine.{next(iter(setting))}="):
         VllmSampler(**setting)
+
+
+def test_what_vllm_did_not_finish_is_no_trace() -> None:
+    replicas = object.__new__(_Replicas)  # without its processes
+    replicas.left, replicas.processes, replicas.said = 3, [], queue.Queue()
+    replicas.said.put([(0, [5, 1], "stop"), (1, [5], "abort"), (2, [5, 5], "length")])
+    answers = replicas.answers()
+    assert next(answers) == [(0, [5, 1], "stop"), (2, [5, 5], "length")]
+    with pytest.raises(
+        ValueError, match=r"vLLM failed: a response was not finished \(abort\); what was sampled before"
+    ):
+        next(answers)

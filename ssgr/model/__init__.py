@@ -18,7 +18,14 @@ from typing import Any, Literal, cast
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ssgr import files
 from ssgr.model import experts
@@ -155,6 +162,13 @@ class Model:
         _attend_exactly(model)
         on_device: Any = torch.nn.Module.to(model, device)
         return cast(PreTrainedModel, on_device.eval())
+
+    def generation(self) -> GenerationConfig | None:
+        """Its generation config, without loading it; None if there is none to be had."""
+        try:
+            return GenerationConfig.from_pretrained(*self._source, revision=self.revision or "main")
+        except OSError:
+            return None
 
     def torch_device(self) -> torch.device:
         """Where it runs.

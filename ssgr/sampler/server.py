@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.loadable import Loadable
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Decoding, Request, stop_ids
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
@@ -75,16 +75,17 @@ class ServerSampler:
 
         Raises:
             ValueError: the server cannot be reached, refuses a request, goes away for longer than the tries last, changes
-                a prompt, or gives no token ids. What came before has been yielded.
+                a prompt, or gives no token ids or none that serve. What came before has been yielded.
         """
         key = os.environ.get(self.key_variable, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        stop = stop_ids(checkpoint.generation(), tokenizer)
         limits = httpx.Limits(max_connections=self.concurrency)
         with (
             httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client,
             ThreadPoolExecutor(self.concurrency) as pool,
         ):
-            ask = _Asking(self, client, self._name(client), tokenizer, decoding)
+            ask = _Asking(self, client, self._name(client), tokenizer, decoding, stop)
             yield from _as_they_come(pool, ask, requests, self.concurrency)
 
     def _name(self, client: httpx.Client) -> str:
@@ -117,6 +118,7 @@ class _Asking:
     name: str
     tokenizer: PreTrainedTokenizerBase
     decoding: Decoding
+    stop: frozenset[int]  # every id that ends a response
     stopped: threading.Event = field(default_factory=threading.Event)
 
     def __call__(self, request: Request) -> Trace:
@@ -129,22 +131,23 @@ class _Asking:
         body = {
             "model": self.name, "prompt": list(request.prompt_ids), "max_tokens": most, "temperature": self.decoding.temperature,
             "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True, "return_tokens": True,
-            **_NOTHING_ELSE,
+            "stop_token_ids": sorted(self.stop), **_NOTHING_ELSE,
         }  # fmt: skip
-        choice = self._post(request, body)
+        choice, usage = self._post(request, body)
         back = choice.get("prompt_token_ids")
         if back is not None and list(back) != list(request.prompt_ids):
             raise ValueError(
                 f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(request.prompt_ids)} ids "
                 f"went out and {len(back)} came back; is it another tokenizer, or does it add a BOS?"
             )
-        finish: Finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        ids = self._ids(choice)
-        if finish == "stop" and (not ids or ids[-1] not in self.tokenizer.all_special_ids):
-            ids.append(int(self.tokenizer.eos_token_id))  # servers may leave out what ended the response
-        return Trace(request.problem_id, request.attempt, request.prompt_ids, tuple(ids), finish, seed)
+        ids = self._ids(request, choice, usage, most)
+        finish: Finish = (
+            "stop" if ids[-1] in self.stop else choice["finish_reason"]
+        )  # some say length of one that just fits
+        return Trace(request.problem_id, request.attempt, request.prompt_ids, ids, finish, seed)
 
-    def _post(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    def _post(self, request: Request, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The choice of an answer, which has stopped or is as long as it may be, and the usage (empty if it is not told)."""
         said = ""
         for attempt in range(1 + self.engine.retries):
             if attempt and self.stopped.wait(min(2.0 ** (attempt - 1), _LONGEST_PAUSE)):
@@ -152,28 +155,63 @@ class _Asking:
             try:
                 answer = self.client.post("completions", json=body)
                 if answer.status_code == 200:
-                    found: dict[str, Any] = answer.json()["choices"][0]
-                    return found
+                    content = answer.json()
+                    choice, usage = dict(content["choices"][0]), dict(content.get("usage") or {})
+                    if choice["finish_reason"] in ("stop", "length"):
+                        return choice, usage
+                    said = f"the response was not finished (finish_reason={choice['finish_reason']})"
+                    continue
                 said = f"{answer.status_code} {answer.text[:200]}"
                 if answer.status_code not in _PASSING:
                     break
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
                 said = _short(error)
         raise ValueError(
             f"sampler.engine.url={self.engine.url}: attempt {request.attempt} of {request.problem_id} failed: {said}; what was "
             "sampled before is kept: type the same command again to go on"
         )
 
-    def _ids(self, choice: dict[str, Any]) -> list[int]:
-        for name in ("token_ids", "tokens"):
-            if choice.get(name) is not None:
-                return [int(token) for token in choice[name]]
+    def _ids(self, request: Request, choice: dict[str, Any], usage: dict[str, Any], most: int) -> tuple[int, ...]:
+        """The ids of the response, with what ended it.
+
+        Raises:
+            ValueError: there are none, they are not of this model, or they are more or fewer than were asked for.
+        """
+        told, stopped = choice.get("token_ids", choice.get("tokens")), choice["finish_reason"] == "stop"
+        ids = list(told) if isinstance(told, list) else self._retokenised(choice)
+        known = len(self.tokenizer)
+        if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < known)]:
+            raise self._refused(
+                request, f"has the token id {wrong[0]}, and the model's vocabulary is {known}: is it another model?"
+            )
+        if not ids and not (stopped and told is None):  # a text may be empty: what ends a response is no text
+            raise self._refused(request, "is empty; look at the server's log")
+        if stopped and not (ids and ids[-1] in self.stop) and self.tokenizer.eos_token_id is not None:
+            ids.append(int(self.tokenizer.eos_token_id))  # servers may leave out what ended the response
+        # A text may be tokenised into another number of tokens than were drawn.
+        drawn = usage.get("completion_tokens") if told is None else len(ids)
+        if isinstance(drawn, int) and drawn > most:
+            raise self._refused(
+                request, f"has {drawn} tokens, and {most} were asked for: does the server ignore max_tokens?"
+            )
+        if isinstance(drawn, int) and drawn < most and not stopped:
+            raise self._refused(
+                request,
+                f"was cut at {drawn} of {most} tokens: start the server with a longer context, or lower max_new_tokens",
+            )
+        return tuple(ids)
+
+    def _retokenised(self, choice: dict[str, Any]) -> list[int]:
         if not self.engine.allow_retokenise:
             raise ValueError(
                 f"sampler.engine.url={self.engine.url} gives text and no token ids (vLLM 0.10.2 and later and SGLang do); type "
                 "sampler.engine.allow_retokenise=true to tokenise its text again, whose ids may not be those the model drew"
             )
         return list(self.tokenizer(choice["text"], add_special_tokens=False).input_ids)
+
+    def _refused(self, request: Request, why: str) -> ValueError:
+        where = f"attempt {request.attempt} of {request.problem_id}"
+        return ValueError(f"sampler.engine.url={self.engine.url}: the response to {where} {why}")
 
 
 def _as_they_come(

@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
@@ -85,20 +85,13 @@ class VllmSampler:
             "disable_log_stats": True,
             **self.options,
         }
-        stop = stop_ids(_generation(folder), tokenizer)
+        stop = stop_ids(checkpoint.generation(), tokenizer)
         replicas = _Replicas(self, settings, _prompts(requests, decoding, stop))
         try:
             for answers in replicas.answers():
                 yield [_trace(requests[index], ids, finish, decoding) for index, ids, finish in answers]
         finally:
             replicas.end()
-
-
-def _generation(folder: str) -> GenerationConfig | None:
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except OSError:  # it has none
-        return None
 
 
 def _trace(request: Request, ids: list[int], finish: str, decoding: Decoding) -> Trace:
@@ -155,7 +148,7 @@ class _Replicas:
         """Answers as they come.
 
         Raises:
-            ValueError: a replica failed or was killed.
+            ValueError: a replica failed or was killed, or a response was not finished.
         """
         done: list[_Answer] = []
         failed, due = "", time.monotonic() + _YIELD_SECONDS
@@ -170,8 +163,10 @@ class _Replicas:
             if isinstance(said, str):
                 failed = said
                 continue
-            done += said
             self.left -= len(said)
+            done += [answer for answer in said if answer[2] in ("stop", "length")]
+            if others := {str(answer[2]) for answer in said} - {"stop", "length"}:
+                failed = f"a response was not finished ({', '.join(others)})"
             if time.monotonic() > due:
                 yield done
                 done, due = [], time.monotonic() + _YIELD_SECONDS
