@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ssgr.loadable import Loadable
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, Sampler, batch, slots, stop_ids
+from ssgr.sampler import Decoding, Request, Sampler, slots, stop_ids
 from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.sampler.server import ServerSampler
-from ssgr.sampler.vllm import VllmSampler, _Replicas
+from ssgr.sampler.vllm import VllmSampler, _prompts, _Replicas
 from ssgr.stages.sample import sample
 from ssgr.tables import write_traces
 from tests.conftest import TINY, Loaded
@@ -93,6 +93,9 @@ def running(server: Server) -> Iterator[str]:
                 if server.refuse:
                     server.refuse -= 1
                     return self.reply(503, {"error": "busy"})
+                context = int(server.model.config.max_position_embeddings)
+                if len(body["prompt"]) + body["max_tokens"] > context:
+                    return self.reply(400, {"error": f"the model's maximum context length is {context} tokens"})
                 if server.dies_after is not None and server.served >= server.dies_after:
                     self.connection.shutdown(socket.SHUT_RDWR)
                     return None
@@ -113,17 +116,6 @@ def running(server: Server) -> Iterator[str]:
         thread.join()
 
 
-class Batches(HfSampler):
-    """The hf engine with a model that slots do not serve."""
-
-    def sample(self, checkpoint: Any, tokenizer: Any, asked: Any, decoding: Decoding) -> Iterator[list[Trace]]:
-        model = checkpoint.load()
-        for first in range(0, len(asked), self.batch_size):
-            yield batch.decode(
-                model, asked[first : first + self.batch_size], decoding, stop_ids(model.generation_config, tokenizer)
-            )
-
-
 NO_VLLM = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM has an environment of its own: make test-vllm"
 )
@@ -131,14 +123,15 @@ NO_VLLM = pytest.mark.skipif(
 
 @pytest.fixture(params=["slots", "batches", "server", "replay", pytest.param("vllm", marks=NO_VLLM)])
 def engine(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Sampler]]:
     """Each engine, for some requests (what replay replays is what slots sampled of them)."""
     model = TINY.load()
     if request.param == "slots":
         yield lambda *asked: HfSampler(7)
     elif request.param == "batches":
-        yield lambda *asked: Batches(7)
+        monkeypatch.setattr(slots, "serves", lambda model: False)
+        yield lambda *asked: HfSampler(7)
     elif request.param == "server":
         with running(Server(model, tokenizer)) as url:
             yield lambda *asked: ServerSampler(url, concurrency=3)
@@ -186,6 +179,45 @@ def test_an_engine_keeps_the_contract(engine: Callable[..., Sampler], tokenizer:
     assert all(a[: len(b)] == b[: len(a)] for a, b in pairs)
 
 
+def test_an_engine_goes_on_with_what_was_begun(
+    engine: Callable[..., Sampler], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """From tokens that it would not have drawn itself, so that it cannot come to them by beginning anew."""
+    asked = requests(tokenizer, 3)
+    own = engine(asked, SAMPLING)
+    for decoding in (SAMPLING, Decoding(2, 0.0, 1.0, 60, 0)):
+        whole = drawn(engine, tokenizer, asked, decoding)
+        ids = [whole[r.problem_id, r.attempt].generated_ids for r in asked]
+        if isinstance(own, ReplaySampler):  # it gives back what was begun, and the rest of it
+            on = [replace(r, begun=begun[:4]) for r, begun in zip(asked, ids, strict=True)]
+            assert drawn(engine, tokenizer, on, decoding) == whole
+            continue
+        others = [other[:-1][5 : 7 + i] for i, other in enumerate(ids[1:] + ids[:1])]
+        on = [replace(r, begun=begun) for r, begun in zip(asked, others, strict=True)]
+        first = drawn(engine, tokenizer, on, decoding)
+        for one in on:
+            trace = first[one.problem_id, one.attempt]
+            assert trace.prompt_ids == one.prompt_ids and trace.generated_ids[: len(one.begun)] == one.begun
+            assert len(one.begun) < len(trace.generated_ids) <= 60
+            assert trace.finish == ("stop" if trace.generated_ids[-1] == 1 else "length")
+            assert trace.finish == "stop" or len(trace.generated_ids) == 60
+        if isinstance(own, HfSampler) or decoding.temperature == 0:  # else the rest is drawn by other random numbers
+            cut = [first[r.problem_id, r.attempt].generated_ids[:-1][: len(r.begun) + 3] for r in on]
+            further = [replace(r, begun=begun) for r, begun in zip(on, cut, strict=True)]
+            assert drawn(engine, tokenizer, further, decoding) == first
+
+
+def test_a_prompt_beyond_the_context_is_refused(
+    engine: Callable[..., Sampler], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    asked = requests(tokenizer, 1, 1)
+    own, long = engine(asked, SAMPLING), Request("long", 0, (5,) * 1000)
+    if isinstance(own, ReplaySampler):
+        pytest.skip("nothing is generated")
+    with pytest.raises(ValueError, match=r"context.* long |of long .*context"):
+        list(own.sample(TINY, tokenizer, [long], SAMPLING))
+
+
 def ask(
     url: str, tokenizer: PreTrainedTokenizerBase, count: int = 4, checkpoint: Loadable = TINY, **how: Any
 ) -> list[Trace]:
@@ -217,6 +249,22 @@ def test_all_that_changes_the_distribution_is_sent(tokenizer: PreTrainedTokenize
         "return_token_ids": True,
         "return_tokens": True,
     }
+
+
+def test_the_rest_of_a_response_is_asked_for_with_another_seed(tokenizer: PreTrainedTokenizerBase) -> None:
+    """With the same one, the random numbers of what is there would come again."""
+    (one,) = requests(tokenizer, 1, 1)
+    asked = [replace(one, begun=begun) for begun in ((), (5, 6), (5, 6, 7))]
+    for gives in ("token_ids", "text"):
+        with running(server := Server(TINY.load(), tokenizer, gives=gives)) as url:
+            own = ServerSampler(url, concurrency=1, allow_retokenise=True)
+            traces = [t for some in own.sample(TINY, tokenizer, asked, SAMPLING) for t in some]
+        for body, request, trace in zip(server.bodies, asked, traces, strict=True):
+            assert body["prompt"] == [*request.prompt_ids, *request.begun]
+            assert body["max_tokens"] == 60 - len(request.begun)
+            assert trace.generated_ids[: len(request.begun)] == request.begun
+            assert trace.seed == one.seed(0)
+        assert len({body["seed"] for body in server.bodies}) == 3 and server.bodies[0]["seed"] == one.seed(0) % 2**31
 
 
 def test_a_busy_server_is_asked_again(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -368,6 +416,14 @@ def test_vllm_that_is_not_installed_is_one_sentence(tokenizer: PreTrainedTokeniz
 def test_numbers_that_vllm_cannot_use_are_refused(setting: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=rf"sampler.engine.{next(iter(setting))}="):
         VllmSampler(**setting)
+
+
+def test_vllm_goes_on_with_another_seed() -> None:
+    one = Request("any", 0, (3, 4))
+    asked = [one, replace(one, begun=(5, 6))]
+    ((first, on),) = _prompts(asked, SAMPLING, frozenset({1}))
+    assert (first[1], first[2]["max_tokens"], first[2]["seed"]) == ([3, 4], 60, one.seed(0))
+    assert (on[1], on[2]["max_tokens"]) == ([3, 4, 5, 6], 58) and on[2]["seed"] != one.seed(0)
 
 
 def test_what_vllm_did_not_finish_is_no_trace() -> None:

@@ -38,7 +38,7 @@ class Decoding:
 class Request:
     """One attempt that is to be sampled; `limit` caps its response below what the decoding allows.
 
-    `begun` are the first tokens of the response, where it was cut at a smaller cap: an engine goes on from there, or anew.
+    `begun` are the first tokens of the response, where it was cut at a smaller cap: an engine goes on from there.
     """
 
     problem_id: str
@@ -53,8 +53,18 @@ class Request:
 
     def seed(self, seed: int) -> int:
         """The seed of this attempt: the same whatever the batch, the model or the order."""
-        digest = hashlib.sha256(f"{seed}/{self.problem_id}/{self.attempt}".encode()).digest()
-        return int.from_bytes(digest[:8]) >> 1
+        return _digest(f"{seed}/{self.problem_id}/{self.attempt}")
+
+    def seed_of_the_rest(self, seed: int) -> int:
+        """The seed of what follows `begun`, for engines that draw it as a response of its own.
+
+        With the seed of the attempt the random numbers that drew `begun` would come again.
+        """
+        return _digest(f"{seed}/{self.problem_id}/{self.attempt}/{len(self.begun)}") if self.begun else self.seed(seed)
+
+
+def _digest(what: str) -> int:
+    return int.from_bytes(hashlib.sha256(what.encode()).digest()[:8]) >> 1
 
 
 class Sampler(Protocol):

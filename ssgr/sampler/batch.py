@@ -60,25 +60,29 @@ def _cache(model: PreTrainedModel) -> DynamicCache:
 def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, stop: frozenset[int]) -> list[Trace]:
     """Decode `rows` together: left-padded prompts, one uniform number a row and step from the row's own seed.
 
-    A row's draws depend on its seed alone, not on what it is batched with (up to rounding in the forward pass).
+    What was `begun` is gone on with. A row's draws depend on its seed alone, not on what it is batched with (up to rounding
+    in the forward pass).
     """
     device = model.device
-    width = max(len(r.prompt_ids) for r in rows)
-    ids_NT = torch.tensor([[0] * (width - len(r.prompt_ids)) + list(r.prompt_ids) for r in rows], device=device)
-    mask_NT = torch.tensor([[0] * (width - len(r.prompt_ids)) + [1] * len(r.prompt_ids) for r in rows], device=device)
+    seen = [[*r.prompt_ids, *r.begun] for r in rows]  # what the model sees before the first draw
+    width = max(map(len, seen))
+    ids_NT = torch.tensor([[0] * (width - len(ids)) + ids for ids in seen], device=device)
+    mask_NT = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in seen], device=device)
     seeds = [r.seed(decoding.seed) for r in rows]
     uniform_NT = torch.stack([uniforms(seed, decoding.max_new_tokens) for seed in seeds])
     stop_ids_S = torch.tensor(sorted(stop), device=device)
     cache = _cache(model)
     out_NT = torch.zeros((len(rows), decoding.max_new_tokens), dtype=torch.long)
-    length_N = torch.full((len(rows),), decoding.max_new_tokens)
+    for row, r in enumerate(rows):
+        out_NT[row, : len(r.begun)] = torch.tensor(r.begun, dtype=torch.long)
+    length_N = torch.tensor([len(r.begun) for r in rows])  # tokens of the responses so far
     limit_N = torch.tensor([r.most(decoding) for r in rows])
     stopped_N = torch.zeros(len(rows), dtype=torch.bool)
     live_N = torch.arange(len(rows))  # rows still in the batch
     open_N = torch.ones(len(rows), dtype=torch.bool)  # of those, the ones that have not stopped
     step_ids, position = ids_NT, (mask_NT.cumsum(1) - 1).clamp(min=0)
     padded = bool((mask_NT == 0).any())
-    for step in range(decoding.max_new_tokens):
+    while True:
         logits_NV = model(
             input_ids=step_ids,
             attention_mask=mask_NT if padded else None,
@@ -87,13 +91,14 @@ def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, 
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        token_N = pick(logits_NV.float(), uniform_NT[live_N, step].to(device), decoding)
-        out_NT[live_N, step] = token_N.cpu()
+        at_N = length_N[live_N].clamp(max=decoding.max_new_tokens - 1)  # of rows that have ended, any number will do
+        token_N = pick(logits_NV.float(), uniform_NT[live_N, at_N].to(device), decoding)
+        going_N = live_N[open_N]
+        out_NT[going_N, at_N[open_N]] = token_N.cpu()[open_N]
+        length_N[going_N] += 1
         stops = torch.isin(token_N, stop_ids_S).cpu() & open_N
-        ended = stops | ((limit_N[live_N] <= step + 1) & open_N)
-        length_N[live_N[ended]] = step + 1
         stopped_N[live_N[stops]] = True
-        open_N &= ~ended
+        open_N &= ~stops & (length_N[live_N] < limit_N[live_N])
         if not open_N.any():
             break
         mask_NT = torch.cat([mask_NT, mask_NT.new_ones(len(mask_NT), 1)], 1)

@@ -39,7 +39,7 @@ class HfSampler:
         """
         model = checkpoint.load()
         check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
-        ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids), r.problem_id, r.attempt))
+        ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids) - len(r.begun), r.problem_id, r.attempt))
         stop = stop_ids(model.generation_config, tokenizer)
         if slots.serves(model):
             yield from slots.decode(model, ordered, decoding, stop, self.batch_size)

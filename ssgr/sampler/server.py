@@ -127,24 +127,28 @@ class _Asking:
         Raises:
             ValueError: there is none.
         """
-        most, seed = request.most(self.decoding), request.seed(self.decoding.seed)
+        sent, most = [*request.prompt_ids, *request.begun], request.most(self.decoding) - len(request.begun)
+        seed = request.seed_of_the_rest(self.decoding.seed)
         body = {
-            "model": self.name, "prompt": list(request.prompt_ids), "max_tokens": most, "temperature": self.decoding.temperature,
+            "model": self.name, "prompt": sent, "max_tokens": most, "temperature": self.decoding.temperature,
             "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True, "return_tokens": True,
             "stop_token_ids": sorted(self.stop), **_NOTHING_ELSE,
         }  # fmt: skip
         choice, usage = self._post(request, body)
         back = choice.get("prompt_token_ids")
-        if back is not None and list(back) != list(request.prompt_ids):
+        if back is not None and list(back) != sent:
             raise ValueError(
-                f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(request.prompt_ids)} ids "
+                f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(sent)} ids "
                 f"went out and {len(back)} came back; is it another tokenizer, or does it add a BOS?"
             )
         ids = self._ids(request, choice, usage, most)
         finish: Finish = (
             "stop" if ids[-1] in self.stop else choice["finish_reason"]
         )  # some say length of one that just fits
-        return Trace(request.problem_id, request.attempt, request.prompt_ids, ids, finish, seed)
+        whole = (*request.begun, *ids)
+        return Trace(
+            request.problem_id, request.attempt, request.prompt_ids, whole, finish, request.seed(self.decoding.seed)
+        )
 
     def _post(self, request: Request, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The choice of an answer, which has stopped or is as long as it may be, and the usage (empty if it is not told)."""
@@ -172,7 +176,7 @@ class _Asking:
         )
 
     def _ids(self, request: Request, choice: dict[str, Any], usage: dict[str, Any], most: int) -> tuple[int, ...]:
-        """The ids of the response, with what ended it.
+        """The ids of the response, at most so many, with what ended it.
 
         Raises:
             ValueError: there are none, they are not of this model, or they are more or fewer than were asked for.

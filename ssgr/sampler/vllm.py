@@ -117,7 +117,7 @@ def _prompts(requests: Sequence[Request], decoding: Decoding, stop: frozenset[in
                 "temperature": decoding.temperature,
                 "top_p": decoding.top_p,
                 "max_tokens": request.most(decoding) - len(request.begun),
-                "seed": request.seed(decoding.seed),
+                "seed": request.seed_of_the_rest(decoding.seed),
                 "stop_token_ids": sorted(stop),
                 "detokenize": False,
             }
