@@ -426,6 +426,27 @@ def test_vllm_goes_on_with_another_seed() -> None:
     assert (on[1], on[2]["max_tokens"]) == ([3, 4, 5, 6], 58) and on[2]["seed"] != one.seed(0)
 
 
+def test_vllm_is_asked_for_no_more_than_the_context(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """It refuses a `max_model_len` above it, and needs no more than prompt and response together."""
+    asked: dict[str, Any] = {}
+
+    class Asked(Exception):
+        pass
+
+    def replicas(engine: VllmSampler, settings: dict[str, Any], shards: Any) -> None:
+        asked.update(settings)
+        raise Asked
+
+    (tmp_path / "vllm.py").touch()  # found, and not imported
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("ssgr.sampler.vllm._Replicas", replicas)
+    with pytest.raises(Asked):
+        list(VllmSampler().sample(TINY, tokenizer, [Request("any", 0, (5,) * 964)], SAMPLING))
+    assert asked["max_model_len"] == 1024
+
+
 def test_what_vllm_did_not_finish_is_no_trace() -> None:
     replicas = object.__new__(_Replicas)  # without its processes
     replicas.left, replicas.processes, replicas.said = 3, [], queue.Queue()
