@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import queue
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -384,6 +385,29 @@ def test_no_server_is_one_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(ValueError, match=r"does not answer \(ConnectError.*type sampler.engine.url=http://HOST"):
         ask(url, tokenizer)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://HOST:PORT/v1", "127.0.0.1:8000/v1", "localhost:8000/v1", "http://", "", "http://[::1"]
+)
+def test_an_address_that_is_none_is_one_sentence(url: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^sampler.engine.url={re.escape(url)}(:| is) .*; type sampler.engine.url=http://HOST"
+    ):
+        ServerSampler(url)
+
+
+@pytest.mark.parametrize("text", [{}, {"text": None}])
+def test_a_response_without_text_is_one_sentence(text: dict[str, None], tokenizer: PreTrainedTokenizerBase) -> None:
+    def change(answer: dict[str, Any]) -> None:
+        del answer["choices"][0]["text"]
+        answer["choices"][0] |= text
+
+    with (
+        running(Server(TINY.load(), tokenizer, gives="text", change=change)) as url,
+        pytest.raises(ValueError, match=r"the response to attempt 0 of .* has neither token ids nor text"),
+    ):
+        ask(url, tokenizer, count=1, allow_retokenise=True)
 
 
 def test_a_server_that_dies_loses_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

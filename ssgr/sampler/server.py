@@ -24,6 +24,7 @@ from ssgr.sampler import Decoding, Request, stop_ids
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
 _PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that a later try may turn
+_AS_WRITTEN = "sampler.engine.url=http://HOST:PORT/v1, such as http://127.0.0.1:8000/v1"
 _NOTHING_ELSE = {  # what changes the distribution beside temperature and top_p, turned off
     # Else vLLM and SGLang fill it from the checkpoint's generation_config.json, and llama.cpp from defaults of its own.
     "top_k": -1,
@@ -45,7 +46,7 @@ class ServerSampler:
     from those that the model drew. The key, if one is needed, is read from the environment variable `key_variable`.
 
     Raises:
-        ValueError: a number is too small.
+        ValueError: a number is too small, or the address is none.
     """
 
     runs_model: ClassVar[bool] = False
@@ -61,6 +62,12 @@ class ServerSampler:
         for name, least in (("concurrency", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"sampler.engine.{name}={getattr(self, name)}: give {least} or more")
+        try:
+            written = httpx.URL(self.url)
+        except httpx.InvalidURL as error:
+            raise ValueError(f"sampler.engine.url={self.url}: {error}; type {_AS_WRITTEN}") from error
+        if written.scheme not in ("http", "https") or not written.host:
+            raise ValueError(f"sampler.engine.url={self.url} is no address of a server; type {_AS_WRITTEN}")
         if not self.timeout > 0:
             raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0")
 
@@ -97,7 +104,7 @@ class ServerSampler:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"sampler.engine.url={self.url} does not answer ({_short(error)}); start the server (vllm serve MODEL, say), or "
-                "type sampler.engine.url=http://HOST:PORT/v1"
+                f"type {_AS_WRITTEN}"
             ) from error
         if self.served is None and len(names) == 1:
             return names[0]
@@ -182,7 +189,7 @@ class _Asking:
             ValueError: there are none, they are not of this model, or they are more or fewer than were asked for.
         """
         told, stopped = choice.get("token_ids", choice.get("tokens")), choice["finish_reason"] == "stop"
-        ids = list(told) if isinstance(told, list) else self._retokenised(choice)
+        ids = list(told) if isinstance(told, list) else self._retokenised(request, choice)
         known = len(self.tokenizer)
         if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < known)]:
             raise self._refused(
@@ -205,12 +212,14 @@ class _Asking:
             )
         return tuple(ids)
 
-    def _retokenised(self, choice: dict[str, Any]) -> list[int]:
+    def _retokenised(self, request: Request, choice: dict[str, Any]) -> list[int]:
         if not self.engine.allow_retokenise:
             raise ValueError(
-                f"sampler.engine.url={self.engine.url} gives text and no token ids (vLLM 0.10.2 and later and SGLang do); type "
+                f"sampler.engine.url={self.engine.url} gives no token ids (vLLM 0.10.2 and later and SGLang do); type "
                 "sampler.engine.allow_retokenise=true to tokenise its text again, whose ids may not be those the model drew"
             )
+        if not isinstance(choice.get("text"), str):
+            raise self._refused(request, "has neither token ids nor text: is it a server of /v1/completions?")
         return list(self.tokenizer(choice["text"], add_special_tokens=False).input_ids)
 
     def _refused(self, request: Request, why: str) -> ValueError:
