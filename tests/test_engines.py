@@ -363,9 +363,23 @@ def test_an_empty_text_is_a_response_that_stopped_at_once(tokenizer: PreTrainedT
     assert trace.generated_ids == (tokenizer.eos_token_id,) and trace.finish == "stop"
 
 
-def test_a_prompt_that_comes_back_changed_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with running(Server(TINY.load(), tokenizer, bos=True)) as url, pytest.raises(ValueError, match="does it add a BOS"):
-        ask(url, tokenizer)
+@pytest.mark.parametrize("told", ["prompt_token_ids", "usage"])
+def test_a_prompt_that_the_server_changed_is_refused(told: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def tell_once(answer: dict[str, Any]) -> None:
+        if told == "usage":
+            del answer["choices"][0]["prompt_token_ids"]
+        else:
+            del answer["usage"]
+
+    with running(Server(TINY.load(), tokenizer, change=tell_once)) as url:
+        assert len(ask(url, tokenizer, count=1)) == 1
+    with (
+        running(Server(TINY.load(), tokenizer, bos=True, change=tell_once)) as url,
+        pytest.raises(
+            ValueError, match=r"changed the prompt of .*: (\d+) ids went out and \d+ came in; .*does it add a BOS"
+        ),
+    ):
+        ask(url, tokenizer, count=1)
 
 
 def test_keys_and_names(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:

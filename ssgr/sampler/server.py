@@ -142,11 +142,11 @@ class _Asking:
             "stop_token_ids": sorted(self.stop), **_NOTHING_ELSE,
         }  # fmt: skip
         choice, usage = self._post(request, body)
-        back = choice.get("prompt_token_ids")
-        if back is not None and list(back) != sent:
+        back, count = choice.get("prompt_token_ids"), usage.get("prompt_tokens")
+        if back not in (None, sent) or count not in (None, len(sent)):
             raise ValueError(
-                f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(sent)} ids "
-                f"went out and {len(back)} came back; is it another tokenizer, or does it add a BOS?"
+                f"sampler.engine.url={self.engine.url} changed the prompt of {request.problem_id}: {len(sent)} ids went out and "
+                f"{len(back) if isinstance(back, list) else count} came in; is it another tokenizer, or does it add a BOS?"
             )
         ids = self._ids(request, choice, usage, most)
         finish: Finish = (
