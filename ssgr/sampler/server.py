@@ -1,7 +1,7 @@
 """Sampling from a server with an OpenAI-compatible completions interface: vLLM, SGLang, llama.cpp.
 
-Prompts go out as token ids. Responses come back as token ids where the server gives them: vLLM and SGLang on request
-(`return_token_ids`), llama.cpp likewise (`return_tokens`).
+Prompts go out as token ids. Responses come back as token ids from vLLM (0.10.2 and later) and newer SGLang, on request
+(`return_token_ids`), and as text alone from llama.cpp, which has ids in its own /completion only.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Asking:
         seed = request.seed_of_the_rest(self.decoding.seed)
         body = {
             "model": self.name, "prompt": sent, "max_tokens": most, "temperature": self.decoding.temperature,
-            "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True, "return_tokens": True,
+            "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True,
             "stop_token_ids": sorted(self.stop), **_NOTHING_ELSE,
         }  # fmt: skip
         choice, usage = self._post(request, body)
@@ -188,7 +188,7 @@ class _Asking:
         Raises:
             ValueError: there are none, they are not of this model, or they are more or fewer than were asked for.
         """
-        told, stopped = choice.get("token_ids", choice.get("tokens")), choice["finish_reason"] == "stop"
+        told, stopped = choice.get("token_ids"), choice["finish_reason"] == "stop"
         ids = list(told) if isinstance(told, list) else self._retokenised(request, choice)
         known = len(self.tokenizer)
         if wrong := [i for i in ids if not (isinstance(i, int) and 0 <= i < known)]:
@@ -215,7 +215,7 @@ class _Asking:
     def _retokenised(self, request: Request, choice: dict[str, Any]) -> list[int]:
         if not self.engine.allow_retokenise:
             raise ValueError(
-                f"sampler.engine.url={self.engine.url} gives no token ids (vLLM 0.10.2 and later and SGLang do); type "
+                f"sampler.engine.url={self.engine.url} gives no token ids (vLLM from 0.10.2 and newer SGLang do); type "
                 "sampler.engine.allow_retokenise=true to tokenise its text again, whose ids may not be those the model drew"
             )
         if not isinstance(choice.get("text"), str):
