@@ -6,8 +6,10 @@ import importlib.util
 import json
 import queue
 import re
+import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -44,6 +46,7 @@ class Server:
     dies_after: int | None = None  # so many answers; then connections are cut
     gives: str = "token_ids"  # or text
     bos: bool = False  # adds a token to each prompt
+    slow: threading.Event | None = None  # it answers nothing until this is set, and then that it is busy
     ends: list[str | None] = field(default_factory=list)  # how the first responses end, whatever they are
     change: Callable[[dict[str, Any]], None] = lambda answer: None  # what it does to each answer
     key: str = ""
@@ -87,6 +90,9 @@ def running(server: Server) -> Iterator[str]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if server.slow is not None:
+                server.slow.wait(60)
+                return self.reply(503, {"error": "busy"})
             with server.lock:
                 server.bodies.append(body)
                 if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
@@ -437,6 +443,24 @@ def test_a_server_that_dies_loses_nothing(tokenizer: PreTrainedTokenizerBase, tm
     with running(other) as url:
         assert len(run(url)) == 8
     assert other.served == 3, "only what was missing is asked for"
+
+
+def test_ctrl_c_does_not_wait_for_requests_under_way(tokenizer: PreTrainedTokenizerBase) -> None:
+    answer = threading.Event()
+    with running(Server(TINY.load(), tokenizer, slow=answer)) as url:
+        there, start = {*threading.enumerate()}, time.monotonic()
+        stop = threading.Timer(0.5, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        stop.start()
+        with pytest.raises(KeyboardInterrupt):
+            ask(url, tokenizer, retries=0, timeout=30)
+        assert time.monotonic() - start < 10
+        stop.join()
+        left = {*threading.enumerate()} - there
+        assert len(left) >= 2 and all(thread.daemon for thread in left), "nor does Python wait for them when it ends"
+        answer.set()
+        for thread in left:
+            thread.join(10)
+        assert not any(thread.is_alive() for thread in left)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -10,7 +10,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,12 +88,9 @@ class ServerSampler:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         stop = stop_ids(checkpoint.generation(), tokenizer)
         limits = httpx.Limits(max_connections=self.concurrency)
-        with (
-            httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client,
-            ThreadPoolExecutor(self.concurrency) as pool,
-        ):
+        with httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client:
             ask = _Asking(self, client, self._name(client), tokenizer, decoding, stop)
-            yield from _as_they_come(pool, ask, requests, self.concurrency)
+            yield from _as_they_come(ask, requests, self.concurrency)
 
     def _name(self, client: httpx.Client) -> str:
         """What the server calls the model."""
@@ -227,9 +224,24 @@ class _Asking:
         return ValueError(f"sampler.engine.url={self.engine.url}: the response to {where} {why}")
 
 
-def _as_they_come(
-    pool: ThreadPoolExecutor, ask: _Asking, requests: Sequence[Request], at_once: int
-) -> Iterator[list[Trace]]:
+def _start(ask: _Asking, request: Request) -> Future[Trace]:
+    """Ask in a thread that nobody waits for: a run that is stopped leaves requests behind that may take an hour yet.
+
+    An executor would wait for them when it is left, and again when Python ends; closing the client does not wake them.
+    """
+    answer = Future[Trace]()
+
+    def run() -> None:
+        try:
+            answer.set_result(ask(request))
+        except BaseException as error:  # handed on to whoever asks for the result
+            answer.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return answer
+
+
+def _as_they_come(ask: _Asking, requests: Sequence[Request], at_once: int) -> Iterator[list[Trace]]:
     """Ask for all `requests`; where one fails, hand on those that came, then raise."""
     waiting, under_way = iter(requests), set[Future[Trace]]()
     done: list[Trace] = []
@@ -238,7 +250,7 @@ def _as_they_come(
     try:
         while True:
             while failed is None and len(under_way) < at_once and (request := next(waiting, None)) is not None:
-                under_way.add(pool.submit(ask, request))
+                under_way.add(_start(ask, request))
             if not under_way:
                 break
             ready, under_way = wait(under_way, timeout=1.0, return_when=FIRST_COMPLETED)
