@@ -98,11 +98,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("input", type=Path, help="JSONL file with id, gold and pred")
     parser.add_argument("output", type=Path, help="JSONL file to write")
     parser.add_argument("--grader", choices=["math", "exact", "choice"], default="math")
-    parser.add_argument(
-        "--start-think",
-        default="<think>",
-        help="a response with it and without the other tag has no answer; '' for none",
-    )
+    told = "a response with it and without the other tag has no answer; '' for none"
+    parser.add_argument("--start-think", default="<think>", help=told)
     parser.add_argument(
         "--end-think", default="</think>", help="the answer is what follows the last such tag; '' for all"
     )

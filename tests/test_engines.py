@@ -246,6 +246,7 @@ def test_all_that_changes_the_distribution_is_sent(tokenizer: PreTrainedTokenize
         "temperature": 0.6,
         "top_p": 0.95,
         "stop_token_ids": [1],
+        "skip_special_tokens": False,
         "top_k": -1,
         "min_p": 0.0,
         "repetition_penalty": 1.0,

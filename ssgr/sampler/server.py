@@ -136,7 +136,7 @@ class _Asking:
         body = {
             "model": self.name, "prompt": sent, "max_tokens": most, "temperature": self.decoding.temperature,
             "top_p": self.decoding.top_p, "seed": seed % 2**31, "return_token_ids": True,
-            "stop_token_ids": sorted(self.stop), **_NOTHING_ELSE,
+            "stop_token_ids": sorted(self.stop), "skip_special_tokens": False, **_NOTHING_ELSE,
         }  # fmt: skip
         choice, usage = self._post(request, body)
         back, count = choice.get("prompt_token_ids"), usage.get("prompt_tokens")
@@ -146,13 +146,10 @@ class _Asking:
                 f"{len(back) if isinstance(back, list) else count} came in; is it another tokenizer, or does it add a BOS?"
             )
         ids = self._ids(request, choice, usage, most)
-        finish: Finish = (
-            "stop" if ids[-1] in self.stop else choice["finish_reason"]
-        )  # some say length of one that just fits
-        whole = (*request.begun, *ids)
-        return Trace(
-            request.problem_id, request.attempt, request.prompt_ids, whole, finish, request.seed(self.decoding.seed)
-        )
+        # Some say length of one that just fits.
+        finish: Finish = "stop" if ids[-1] in self.stop else choice["finish_reason"]
+        own, whole = request.seed(self.decoding.seed), (*request.begun, *ids)
+        return Trace(request.problem_id, request.attempt, request.prompt_ids, whole, finish, own)
 
     def _post(self, request: Request, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The choice of an answer, which has stopped or is as long as it may be, and the usage (empty if it is not told)."""

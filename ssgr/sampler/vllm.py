@@ -77,9 +77,7 @@ class VllmSampler:
             "skip_tokenizer_init": True,  # ids in, ids out
             "dtype": dtype,  # by itself vLLM would run a float32 checkpoint in bfloat16
             "generation_config": "vllm",  # the decoding is ours, not that of the checkpoint's generation_config.json
-            "max_model_len": max(
-                len(r.prompt_ids) + r.most(decoding) for r in requests
-            ),  # and no more than the context
+            "max_model_len": max(len(r.prompt_ids) + r.most(decoding) for r in requests),
             "max_num_seqs": self.batch_size,
             "tensor_parallel_size": self.tensor_parallel,
             "gpu_memory_utilization": self.memory_share,

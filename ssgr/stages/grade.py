@@ -46,9 +46,7 @@ def grade(
         failed = {
             t.problem_id for t, grade in zip(traces, grades, strict=True) if grade.verdict is Verdict.GRADER_FAILED
         }
-        told = bool(
-            verdicts & {Verdict.RIGHT, Verdict.WRONG}
-        )  # if no answer tells of its gold, all golds are looked at
+        told = bool(verdicts & {Verdict.RIGHT, Verdict.WRONG})  # else no answer tells of its gold: all are looked at
         _check_golds([problem for problem in problems if problem.id in failed or not told], len(problems), grader)
     return [
         Graded(t, grade.answer, grade.verdict, by_id[t.problem_id].level, part.tokens, part.answer is not None)
