@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
 from scipy import stats
+from transformers import PreTrainedTokenizerBase
 
 from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.records import PERPLEXITY, Graded, Outcome, Trace, Verdict, shown
 from ssgr.stages.evaluate import difference, is_looping, outcomes, score
+from tests.conftest import SHARED
+
+TRACES = SHARED / "data" / "traces" / "skyt1_aime24_multisample.jsonl"
 
 
 def outcome(problem: str, attempt: int, right: bool, answer: str | None = None, tokens: int = 10) -> Outcome:
@@ -130,3 +135,11 @@ def test_difference_is_paired() -> None:
 def test_losses_are_shown_as_a_perplexity_and_too_large_ones_as_infinity() -> None:
     assert shown(PERPLEXITY, 1.0) == pytest.approx(np.e) and shown(PERPLEXITY, 1000.0) == np.inf
     assert shown("acc", 0.25) == 0.25
+
+
+@pytest.mark.skipif(not TRACES.exists(), reason="the collected traces (shared/data) are not beside this checkout")
+def test_a_real_loop_is_found_and_no_other_trace_taken_for_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Of 76 traces of AIME 2024 one ends by writing = e^{i * (3π + π/4)} again and again, up to its cap."""
+    rows = [json.loads(line) for line in TRACES.read_text(encoding="utf-8").split("\n") if line]
+    loops = [row["id"] for row in rows if is_looping(tokenizer(row["response"], add_special_tokens=False)["input_ids"])]
+    assert loops == ["sky-aime24/19/ckpt35"]

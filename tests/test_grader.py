@@ -238,12 +238,12 @@ def test_importing_the_graders_imports_no_sympy() -> None:
 
 @pytest.mark.skipif(not PAIRS.exists(), reason="the collected grading cases (shared/data) are not beside this checkout")
 def test_math_agrees_with_collected_cases() -> None:
-    # The rest: 9 ask for a bare letter, 4 for LaTeX without delimiters, others were tested with looser settings.
+    # The rest, one by one: LOG.md.
     cases = [json.loads(line) for line in PAIRS.read_text(encoding="utf-8").splitlines()]
     grades = MathVerify(seconds=60).grade([(c["gold"], c["pred"]) for c in cases])
     agree = sum((g.verdict is RIGHT) == c["expected"] for g, c in zip(grades, cases, strict=True))
     accepted = sum(g.verdict is RIGHT and not c["expected"] for g, c in zip(grades, cases, strict=True))
-    assert agree >= 193, f"{agree} of {len(cases)}; 195 of 220 were measured with Math-Verify 0.9.0"
+    assert agree >= 197, f"{agree} of {len(cases)}; 199 of 220 were measured with Math-Verify 0.9.0"
     assert accepted <= 2
 
 
@@ -275,6 +275,7 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
         ("2.88e-19", "\\boxed{2.89 \\times 10^{-19}}", WRONG), ("0.00000001", "$0.00000002$", WRONG), ("0", "$10^{-9}$", WRONG),
         ("0.0001", "$\\frac{1}{10000}$", RIGHT), ("e", "$e$", RIGHT), ("2e", "$2e$", RIGHT), ("7", "$7.0$", RIGHT),
         ("7", f"${'-' * 300}7$", RIGHT), ("10^{400}", "$10^{400}$", RIGHT), ("10^{400}", "$10^{401}$", WRONG),
+        ("\\frac{3}{4}", "\\frac34", RIGHT), ("x^2-4", "\\left(x-2\\right)\\left(x+2\\right)", RIGHT), ("10", "10\\sqrt{3}", WRONG),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
     ],
 )  # fmt: skip

@@ -34,6 +34,7 @@ _SCIENTIFIC = re.compile(
 )  # 1e-5 is not 1 e - 5
 _SMALL = 1e-3
 _MOST = 1_000_000  # seconds or GiB: more than any machine has, and less than the system's calls refuse
+_COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{3}|\n")
 _IN_LATEX = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
 
 
@@ -309,9 +310,8 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     try:
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
         golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
-        found = _whole(
-            parse(_SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer)
-        )
+        answer = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer
+        found = _whole(parse(f"${answer}$" if _all_latex(answer) else answer))
     except MemoryError:
         raise
     except Exception as error:
@@ -330,6 +330,11 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         except Exception as error:
             raised = f"comparing raised {type(error).__name__}"
     return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
+
+
+def _all_latex(answer: str) -> bool:
+    """Whether a short answer is LaTeX as a whole, without saying so: a command, and no words beside commands."""
+    return bool(_COMMAND.search(answer)) and not _IN_LATEX.search(answer) and not _WORD.search(_COMMAND.sub(" ", answer))
 
 
 def _differ(gold: Any, one: Any) -> bool:
