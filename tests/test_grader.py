@@ -275,7 +275,7 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
         ("2.88e-19", "\\boxed{2.89 \\times 10^{-19}}", WRONG), ("0.00000001", "$0.00000002$", WRONG), ("0", "$10^{-9}$", WRONG),
         ("0.0001", "$\\frac{1}{10000}$", RIGHT), ("e", "$e$", RIGHT), ("2e", "$2e$", RIGHT), ("7", "$7.0$", RIGHT),
         ("7", f"${'-' * 300}7$", RIGHT), ("10^{400}", "$10^{400}$", RIGHT), ("10^{400}", "$10^{401}$", WRONG),
-        ("\\frac{3}{4}", "\\frac34", RIGHT), ("x^2-4", "\\left(x-2\\right)\\left(x+2\\right)", RIGHT), ("10", "10\\sqrt{3}", WRONG),
+        ("\\frac{3}{4}", "\\frac34", RIGHT), ("x^2-4", "\\left(x-2\\right)(x+2)", RIGHT), ("10", "10\\sqrt{3}", WRONG),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
     ],
 )  # fmt: skip

@@ -334,7 +334,9 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
 
 def _all_latex(answer: str) -> bool:
     """Whether a short answer is LaTeX as a whole, without saying so: a command, and no words beside commands."""
-    return bool(_COMMAND.search(answer)) and not _IN_LATEX.search(answer) and not _WORD.search(_COMMAND.sub(" ", answer))
+    return (
+        bool(_COMMAND.search(answer)) and not _IN_LATEX.search(answer) and not _WORD.search(_COMMAND.sub(" ", answer))
+    )
 
 
 def _differ(gold: Any, one: Any) -> bool:
