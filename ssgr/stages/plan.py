@@ -81,7 +81,8 @@ def plan(
     """Say what passing `rows` through the model needs, and `disk` bytes in `folder`; whether activations need a file.
 
     Where the rows pause inside a block, all of them are there in its middle at once: about three times their hidden states
-    and the widest input of a matrix. A batch that runs takes about four times its own, in float32.
+    and the widest input of a matrix. A batch that runs takes about four of its own and three times what is widest, which
+    sums over it take once more in float32.
 
     Raises:
         ValueError: the disk, the host or the device has less.
@@ -99,7 +100,8 @@ def plan(
     activations = tokens * hidden * size
     inside = tokens * (3 * hidden + max(m.shape[1] for m in every)) * size if pauses else 0
     together, length = largest_batch(rows)
-    batch = 4 * _FLOAT * together * length * (hidden + max(max(m.shape) for m in every))
+    widest = max(max(m.shape) for m in every)
+    batch = together * length * ((4 * hidden + 3 * widest) * size + widest * _FLOAT)
     if config._attn_implementation == "eager":  # it writes its scores out
         batch += 2 * _FLOAT * together * getattr(config, "num_attention_heads", 1) * length**2
     mapped = activations > memory.activations_gib * _GIB
