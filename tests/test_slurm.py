@@ -164,7 +164,7 @@ def manifests(store: Path) -> dict[tuple[str, str], dict[str, str]]:
         if path.parent.suffix:
             continue
         found = json.loads(path.read_text())
-        timed = ("spent.json", "score.json", "prune.json", "ssgr.json", "README.md")
+        timed = ("spent.json", "score.json", "prune.json", "blocks.json", "ssgr.json", "README.md")
         out[found["stage"], found["key"]] = {
             name: entry["sha256"] for name, entry in found["files"].items() if Path(name).name not in timed
         }
