@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr import prose
+from ssgr.errors import first_line
 from ssgr.files import json_lines, lines
 
 PROSE = "prose"  # the name that means generated prose
@@ -72,8 +73,7 @@ class Text:
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
             raise ValueError(
                 f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "
-                f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); "
-                f"type {self.setting}=FILE.txt, FILE.jsonl or prose"
+                f"({first_line(error)}); type {self.setting}=FILE.txt, FILE.jsonl or prose"
             ) from error
 
 

@@ -26,10 +26,10 @@ from ssgr.sparsity import NM, Unstructured
 from ssgr.stages import prune as prune_stage
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing
-from ssgr.stages.solve import Method, Solver
+from ssgr.stages.solve import Method
 from ssgr.stages.statistics import collect
 from tests.conftest import random_model
-from tests.test_prune import calibration, uniform
+from tests.test_prune import calibration, stopped_at, uniform
 
 HALF = Unstructured(0.5)
 
@@ -80,21 +80,10 @@ def test_a_ratio_that_leaves_nothing(pruner: Pruner, tokenizer: PreTrainedTokeni
         prune(saved(tmp_path / "m"), tokenizer, tmp_path / "out", uniform(pruner, Unstructured(0.9999)))
 
 
-def test_a_source_that_changes_between_two_runs(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_source_that_changes_between_two_runs(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = saved(tmp_path / "m")
-    real = Solver.block
-
-    def dies(self: Solver, i: int, *rest: object) -> object:
-        if i == 1:
-            raise KeyboardInterrupt
-        return real(self, i, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Solver, "block", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(1):
         prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
-    monkeypatch.setattr(Solver, "block", real)
     before = files(tmp_path / "out")
     shard = tmp_path / "m" / "model.safetensors"
     original = load_file(shard)

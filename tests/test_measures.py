@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ssgr import pipeline
 from ssgr.measure import Measure
 from ssgr.measure.perplexity import Perplexity
 from ssgr.measure.tasks import LmEvalTask, known
@@ -21,7 +22,9 @@ from ssgr.report.cells import find
 from ssgr.sampler import Decoding
 from ssgr.sampler.hf import HfSampler
 from ssgr.stages.evaluate import Bench, Suite, item_difference, members, reading
+from ssgr.store import Store
 from tests.conftest import TINY, Loaded, Run, random_model
+from tests.test_configs import build
 
 TEXT = (
     "The baker walked to the harbour. Later that day, the rain came and went, although the old mill was silent. " * 40
@@ -172,3 +175,12 @@ def test_a_suite_from_the_command_line_to_the_report(run: Run, tmp_path: Path) -
     by = {row["bench"]: row for row in table.means(cells, ["bench"])}
     value = scores["perplexity"]["pruned"]["value"]
     assert by["perplexity"]["perplexity"].startswith(f"{value:.3f}") and by["smoke"]["perplexity"] == ""
+
+
+@pytest.mark.parametrize("bench", ["held_out", "smoke"])
+def test_grading_again_samples_and_prunes_nothing(bench: str, tmp_path: Path) -> None:
+    def keys(*more: str) -> set[tuple[str, str]]:
+        experiment = build("calib=ssgr", f"bench={bench}", "device=cpu", *more)
+        return {(one.stage, one.key) for one in pipeline.plan(experiment, Store(tmp_path))}
+
+    assert {stage for stage, _ in keys("+grader@bench.grader=math") - keys()} == {"grade", "evaluate"}

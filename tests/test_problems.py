@@ -70,6 +70,14 @@ def test_stories_tell_the_operations_in_order() -> None:
     assert [int(n) for n in re.findall(r"\d+", story)] == [10, 5, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("written", "level"), [("3", 3), (3.0, 3), ("Level 5", 5), ("12", 12), ("?", None), (None, None)]
+)
+def test_a_level_is_the_first_number(written: object, level: int | None) -> None:
+    row = {"q": "What is 1+1?", "a": "2", "l": written}
+    assert Columns(question="q", answer="a", level="l").problem(row, 1, "here").level == level
+
+
 def test_bad_levels_and_counts_are_refused() -> None:
     with pytest.raises(ValueError, match="valid levels are 1 to 8"):
         ArithmeticProblems((9,), 1, 1, 0).read("test")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +36,7 @@ from ssgr.stages import activations
 from ssgr.stages import prune as prune_stage
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing
-from ssgr.stages.solve import Method
+from ssgr.stages.solve import Method, Solver
 from tests.conftest import random_model
 
 
@@ -47,6 +49,22 @@ def calibration(weights: str = "both", seed: int = 0, rows: int = 12) -> Calibra
 
 
 PUBLISHED = Passing("pruned", "block")
+
+
+@contextmanager
+def stopped_at(block: int) -> Iterator[None]:
+    """Let the prune inside stop before it solves this block, as if it were interrupted."""
+    real = Solver.block
+
+    def stops(self: Solver, i: int, *rest: Any) -> Any:
+        if i == block:
+            raise KeyboardInterrupt
+        return real(self, i, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Solver, "block", stops)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def uniform(pruner: Pruner, sparsity: Sparsity, scope: Scope = BOTH) -> Method:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ssgr.sampler.batch import decode
 from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.nucleus import pick
 from ssgr.sampler.replay import ReplaySampler
+from ssgr.stages import sample as sampling
 from ssgr.stages.sample import sample, spent
 from ssgr.tables import read_traces, write_traces
 from tests.conftest import TINY, Loaded, random_model
@@ -186,6 +188,24 @@ def test_a_killed_run_samples_only_what_is_missing(
     again = sample(NEVER, tokenizer, prompt, problems, HfSampler(4), SAMPLING, tmp_path)  # killed while published
     assert again == got and spent(tmp_path) == (seconds, drawn)
     assert read_traces(tmp_path / "traces.parquet") == got
+
+
+def test_a_part_that_cannot_be_read_now_is_kept(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk or a network that fails to read says nothing of what it holds, which cost hours."""
+    (tmp_path / "parts").mkdir()
+    part = tmp_path / "parts" / "one.parquet"
+    write_traces(part, [Trace("a", 0, (1,), (2,), "stop", 0)])
+    content = part.read_bytes()
+
+    def fails(path: Path) -> list[Trace]:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(sampling, "read_traces", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        sample(NEVER, tokenizer, lambda text: (1,), [], HfSampler(1), SAMPLING, tmp_path)
+    assert part.read_bytes() == content
 
 
 def saved(tmp_path: Path, suffix: str) -> tuple[Path, list[Trace]]:

@@ -17,11 +17,10 @@ from ssgr.pruner.wanda import Wanda
 from ssgr.records import CalibrationSet
 from ssgr.sparsity import Unstructured
 from ssgr.stages import activations
-from ssgr.stages import prune as prune_stage
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing, prune
 from tests.conftest import random_model
-from tests.test_prune import calibration, uniform
+from tests.test_prune import calibration, stopped_at, uniform
 from tests.test_stream import weights
 
 SETS = (  # of a Qwen2 block, in the order in which they run
@@ -111,22 +110,11 @@ def test_a_failure_leaves_no_thread_behind(
     assert threading.active_count() == before
 
 
-def test_a_killed_prune_goes_on_with_the_same_bytes(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_killed_prune_goes_on_with_the_same_bytes(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     source, method = saved(tmp_path / "source", 5), uniform(SparseGPT(), Unstructured(0.5))
     prune(source, tokenizer, calibration(), method, Memory(1), tmp_path / "whole", ONCE)
-    block = prune_stage.Solver.block
-
-    def stops(self: object, i: int, *rest: object) -> object:
-        if i == 3:
-            raise KeyboardInterrupt
-        return block(self, i, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(prune_stage.Solver, "block", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(3):
         prune(source, tokenizer, calibration(), method, Memory(1), tmp_path / "parts", ONCE)
-    monkeypatch.setattr(prune_stage.Solver, "block", block)
     prune(source, tokenizer, calibration(), method, Memory(1), tmp_path / "parts", ONCE)
     assert weights(tmp_path / "parts" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
 

@@ -37,7 +37,7 @@ from ssgr.stages.statistics import collect
 from ssgr.store import Store
 from tests.conftest import ROOT, random_model
 from tests.test_configs import build
-from tests.test_prune import calibration, uniform
+from tests.test_prune import calibration, stopped_at, uniform
 
 HALF = Unstructured(0.5)
 
@@ -89,7 +89,7 @@ def test_the_layout_is_that_of_the_source(
 )
 def test_weights_are_solved_as_they_are_stored_whatever_they_run_in(
     stored: torch.dtype, runs: str, pruner: Pruner, order: Literal["layer", "block"],
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
 ) -> None:  # fmt: skip
     model = random_model().to(stored)
     for parameter in model.parameters():
@@ -106,17 +106,8 @@ def test_weights_are_solved_as_they_are_stored_whatever_they_run_in(
     result = json.loads((tmp_path / "whole" / "prune.json").read_text())
     for layer in result["layers"]:
         assert layer["sparsity"] == float((new[f"{layer['name']}.weight"] == 0).double().mean())
-    real = Solver.block
-
-    def dies(self: Solver, i: int, *rest: object) -> object:
-        if i == 1:
-            raise KeyboardInterrupt
-        return real(self, i, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Solver, "block", dies)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_at(1):
         prune(*given, tmp_path / "killed", Passing("pruned", order))
-    monkeypatch.setattr(Solver, "block", real)
     prune(*given, tmp_path / "killed", Passing("pruned", order))
     assert weights(tmp_path / "killed" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
 

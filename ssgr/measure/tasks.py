@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.records import Item, Trace
 
@@ -88,7 +89,7 @@ class LmEvalTask:
         """What the library, datasets or the hub raised, of many kinds: all mean that the task cannot be run."""
         return ValueError(
             f"bench={self.name}: lm-evaluation-harness cannot run the task {self.task} "
-            f"({type(error).__name__}: {(str(error).splitlines() or [''])[0]}); its data comes from the hub: fetch it once "
+            f"({first_line(error)}); its data comes from the hub: fetch it once "
             "on a machine with network, or give bench.folder=DIR with a task of local files"
         )
 

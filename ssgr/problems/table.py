@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ssgr.errors import first_line
 from ssgr.files import json_lines, lines
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
@@ -115,8 +117,8 @@ def _blank(value: object) -> bool:
 
 
 def _level(value: object) -> int | None:
-    digits = "".join(c for c in str(value) if c.isdigit())
-    return int(digits) if digits else None
+    found = re.search(r"\d+", str(value))
+    return int(found[0]) if found else None
 
 
 @dataclass(frozen=True)
@@ -190,9 +192,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         batches = pq.ParquetFile(path).iter_batches()
         yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
     except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path.name} is no Parquet file that can be read ({(str(error).splitlines() or [''])[0]})"
-        ) from error
+        raise ValueError(f"{path.name} is no Parquet file that can be read ({first_line(error)})") from error
 
 
 _READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
@@ -253,7 +253,7 @@ class HubProblems:
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no data
             raise ValueError(
                 f"problems.path={self.path} subset={self.subset} split={part} revision={self.revision} cannot be "
-                f"loaded: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+                f"loaded: {first_line(error)}"
             ) from error
         if files:
             problems = list(islice(_of_split(_problems(files, self.columns), split, own), self.limit))

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.records import Finish, Trace
 from ssgr.sampler import Decoding, Request, stop_ids
@@ -100,8 +101,8 @@ class ServerSampler:
             names = [str(one["id"]) for one in answer.json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"sampler.engine.url={self.url} does not answer ({_short(error)}); start the server (vllm serve MODEL, say), or "
-                f"type {_AS_WRITTEN}"
+                f"sampler.engine.url={self.url} does not answer ({first_line(error)[:200]}); start the server (vllm serve MODEL, "
+                f"say), or type {_AS_WRITTEN}"
             ) from error
         if self.served is None and len(names) == 1:
             return names[0]
@@ -170,7 +171,7 @@ class _Asking:
                 if answer.status_code not in _PASSING:
                     break
             except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-                said = _short(error)
+                said = first_line(error)[:200]
         raise ValueError(
             f"sampler.engine.url={self.engine.url}: attempt {request.attempt} of {request.problem_id} failed: {said}; what was "
             "sampled before is kept: type the same command again to go on"
@@ -266,7 +267,3 @@ def _as_they_come(ask: _Asking, requests: Sequence[Request], at_once: int) -> It
         ask.stopped.set()
     if failed is not None:
         raise failed
-
-
-def _short(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, check_room, stop_ids
@@ -238,7 +239,7 @@ def _replica(settings: dict[str, Any], devices: str | None, asked: Any, said: An
                     ]
                     said.put(answers)
     except Exception as error:  # of vLLM or of one of the libraries that it calls: the parent says it in a sentence
-        said.put(f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"[:300])
+        said.put(first_line(error)[:300])
         said.close()
         said.join_thread()
         raise SystemExit(1) from error

@@ -1,4 +1,4 @@
-"""Heap: tensors that are freed leave their memory to the next ones, instead of giving it back to the system; and its end.
+"""Heap: tensors that are freed leave their memory to the next ones, instead of giving it back to the system.
 
 The system hands out memory page by page, each cleared when it is first touched: on a small model that costs as much as the
 arithmetic (LOG.md).
@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from ssgr.errors import first_line
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 _KEPT = 64 << 20  # bytes; what is larger, such as a matrix of a large model, goes back as soon as it is freed
@@ -30,7 +32,7 @@ def enough(remedy: str) -> Iterator[None]:
     except RuntimeError as error:
         if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        said = str(error).partition("\n")[0][:200]
+        said = first_line(error)[:200]
         raise ValueError(
             f"memory ended ({said}); {remedy}; the same command run again goes on from what is there"
         ) from error

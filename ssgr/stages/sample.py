@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.progress import Progress
 from ssgr.records import Problem, Trace
@@ -25,6 +26,7 @@ from ssgr.tables import read_traces, write_traces
 _log = logging.getLogger("ssgr")
 VERSION = 2
 TRACES, SPENT = "traces.parquet", "spent.json"
+_REMEDY = "type a smaller sampler.engine.batch_size, or bench.engine.batch_size"  # where memory ended
 
 
 def sample(
@@ -49,9 +51,8 @@ def sample(
     parts, whole = work / "parts", work / TRACES
     parts.mkdir(exist_ok=True)
     saved = [
-        *sorted(parts.glob("*.parquet")),
-        *([whole] if whole.exists() else []),
-    ]  # whole: killed while it was published
+        file for file in (*sorted(parts.glob("*.parquet")), whole) if file.exists()
+    ]  # whole: killed while published
     have = {(t.problem_id, t.attempt): t for part in saved for t in _saved(part)}
     asked = {(problem.id, attempt) for problem in problems for attempt in range(decoding.attempts)}
     taken, begun = _taken(earlier() if asked - have.keys() else (), asked - have.keys(), decoding.max_new_tokens)
@@ -67,12 +68,8 @@ def sample(
     missing = [r for r in requests if (r.problem_id, r.attempt) not in have]
     if missing:
         start, tokens, (seconds, drawn) = time.perf_counter(), 0, spent(work)
-        told, kept = Progress(what, len(requests), len(requests) - len(missing)), heap.reused()
-        with (
-            told as progress,
-            kept,
-            heap.enough("type a smaller sampler.engine.batch_size, or bench.engine.batch_size"),
-        ):
+        told = Progress(what, len(requests), len(requests) - len(missing))
+        with told as progress, heap.reused(), heap.enough(_REMEDY):
             for batch in sampler.sample(checkpoint, tokenizer, missing, decoding):
                 write_traces(parts / f"{uuid.uuid4().hex}.parquet", batch)
                 tokens += sum(len(t.generated_ids) - len(begun.get((t.problem_id, t.attempt), ())) for t in batch)
@@ -108,11 +105,17 @@ def _taken(earlier: Iterable[Trace], asked: set[_At], cap: int) -> tuple[dict[_A
 
 
 def _saved(part: Path) -> list[Trace]:
-    """The traces of one finished batch; one that was damaged on its way to the disk is dropped, to be sampled again."""
+    """The traces of one finished batch; one that was damaged on its way to the disk is dropped, to be sampled again.
+
+    Raises:
+        OSError: the system cannot read it now, which says nothing of what it holds.
+    """
     try:
         return read_traces(part)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        _log.warning("%s is damaged (%s); its traces are sampled again", part, str(error).partition("\n")[0])
+        if isinstance(error, OSError) and error.errno is not None:  # Arrow's own, of damaged pages, have none
+            raise
+        _log.warning("%s is damaged (%s); its traces are sampled again", part, first_line(error))
         part.unlink()
         return []
 
