@@ -5,7 +5,8 @@ length of its own, at which it ends whatever it says: 256 tokens in the equal ca
 most 512 in the mixed one, where the logarithm deviates by 0.9, or by the number that is given as a case. A batch of
 `generate` runs until its longest row ends; ours gives the place to the next prompt. `generate` samples the first batch of
 the rows alone, vLLM all of them, in an environment of its own (--vllm). With --repeat engines take turns, and medians of
-the rates, and of the ratios of each turn, are told. Memory is the peak of the process above what it held before.
+the rates, and of the ratios of each turn, are told. Memory is the peak of the process above what it held before, and of what its
+workers have beside it.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from perplexity import DATA, found
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from ssgr.sampler import Decoding, Request, slots
+from ssgr.sampler import Decoding, Request, hf
 from ssgr.stages import heap
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +78,7 @@ def ours(model: PreTrainedModel, asked: Sequence[list[int]], tokens: Sequence[in
     """Decode in slots."""
     requests = [Request(str(i), 0, tuple(ids), n) for i, (ids, n) in enumerate(zip(asked, tokens, strict=True))]
     with heap.reused():
-        decoded = slots.decode(model, requests, Decoding(1, TEMPERATURE, TOP_P, 512, 0), frozenset(), batch)
+        decoded = hf.decode(model, requests, Decoding(1, TEMPERATURE, TOP_P, 512, 0), frozenset(), batch)
         made = [trace for some in decoded for trace in some]
     assert sum(len(trace.generated_ids) for trace in made) == sum(tokens)
 
@@ -126,9 +130,29 @@ def timed(
 ) -> tuple[float, float]:
     """Useful tokens a second, and the peak of memory above what was held before."""
     memory()
-    held, start = memory(), time.perf_counter()
-    engine(model, asked, tokens, batch)
-    return sum(tokens) / (time.perf_counter() - start), memory() - held
+    held = memory()
+    with workers_memory() as own:
+        start = time.perf_counter()
+        engine(model, asked, tokens, batch)
+        seconds = time.perf_counter() - start
+    return sum(tokens) / seconds, memory() - held + max(own)
+
+
+@contextmanager
+def workers_memory() -> Iterator[list[float]]:
+    """MiB that the workers of this process share with nobody, looked at five times a second."""
+    found, over = [0.0], threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.2):
+            with suppress(psutil.NoSuchProcess):
+                found.append(sum(child.memory_full_info().uss for child in psutil.Process().children()) / 2**20)
+
+    watch = threading.Thread(target=look, daemon=True)
+    watch.start()
+    yield found
+    over.set()
+    watch.join()
 
 
 def turn(

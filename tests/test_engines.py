@@ -128,7 +128,7 @@ NO_VLLM = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(params=["slots", "batches", "server", "replay", pytest.param("vllm", marks=NO_VLLM)])
+@pytest.fixture(params=["slots", "workers", "batches", "server", "replay", pytest.param("vllm", marks=NO_VLLM)])
 def engine(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Callable[..., Sampler]]:
@@ -136,6 +136,8 @@ def engine(
     model = TINY.load()
     if request.param == "slots":
         yield lambda *asked: HfSampler(7)
+    elif request.param == "workers":
+        yield lambda *asked: HfSampler(7, workers=2)
     elif request.param == "batches":
         monkeypatch.setattr(slots, "serves", lambda model: False)
         yield lambda *asked: HfSampler(7)

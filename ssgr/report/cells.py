@@ -18,7 +18,8 @@ from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
 
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
 _NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
-_NEVER = ("device", "store.", "memory.", "hydra.", "tracker.", "model.device", "batch_size")  # what changes no result
+# what changes no result
+_NEVER = ("device", "store.", "memory.", "hydra.", "tracker.", "model.device", "batch_size", "workers")
 
 
 @dataclass(frozen=True)

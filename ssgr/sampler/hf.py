@@ -4,26 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import ClassVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, batch, check_room, slots, stop_ids
+from ssgr.sampler import Decoding, Request, batch, check_room, slots, stop_ids, workers
 from ssgr.sampler.attention import grouped_attention
 
 
 @dataclass(frozen=True)
 class HfSampler:
-    """The transformers engine; `batch_size` rows are decoded together."""
+    """The transformers engine; `batch_size` rows are decoded together, on a processor by `workers` processes."""
 
     runs_model: ClassVar[bool] = True
     batch_size: int = field(metadata={"key": False})
+    workers: int | None = field(default=None, metadata={"key": False})
 
     def __post_init__(self) -> None:
         if self.batch_size < 1:
             raise ValueError(f"sampler.engine.batch_size={self.batch_size}: at least one row is decoded at a time")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"sampler.engine.workers={self.workers}: type 1 or more, or null for what is faster")
 
     def sample(
         self,
@@ -41,10 +45,32 @@ class HfSampler:
         check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
         ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids) - len(r.begun), r.problem_id, r.attempt))
         stop = stop_ids(model.generation_config, tokenizer)
-        if slots.serves(model):
-            yield from slots.decode(model, ordered, decoding, stop, self.batch_size)
-            return
-        for start in range(0, len(ordered), self.batch_size):
-            with grouped_attention(model):
-                traces = batch.decode(model, ordered[start : start + self.batch_size], decoding, stop)
-            yield traces
+        yield from decode(model, ordered, decoding, stop, self.batch_size, self.workers)
+
+
+def decode(
+    model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding, stop: frozenset[int], size: int,
+    asked: int | None = None,
+) -> Iterator[list[Trace]]:  # fmt: skip
+    """Decode `requests`, `size` rows at a time, by as many workers as are `asked` for; yield some traces at a time.
+
+    The requests are dealt out in turn, so that the attempts at a problem, and long prompts, are shared evenly.
+    """
+    size = max(1, min(size, len(requests)))
+    number = workers.count(asked, model, size)
+    if number == 1:
+        return _decode(model, requests, decoding, stop, size)
+    each = -(-size // number)
+    return workers.together([partial(_decode, model, requests[n::number], decoding, stop, each) for n in range(number)])
+
+
+def _decode(
+    model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding, stop: frozenset[int], size: int
+) -> Iterator[list[Trace]]:
+    if slots.serves(model):
+        yield from slots.decode(model, requests, decoding, stop, size)
+        return
+    for start in range(0, len(requests), size):
+        with grouped_attention(model):
+            traces = batch.decode(model, requests[start : start + size], decoding, stop)
+        yield traces

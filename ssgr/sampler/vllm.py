@@ -20,6 +20,7 @@ from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, check_room, stop_ids
+from ssgr.sampler.workers import end_with_the_parent
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _END_SECONDS = 60.0  # that a replica may take to end
@@ -209,7 +210,7 @@ def _devices(number: int, each: int) -> str:
 
 def _replica(settings: dict[str, Any], devices: str | None, asked: Any, said: Any) -> None:
     """Run one replica in this process: take shards while there is room, and say what is finished."""
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     if devices is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = devices
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # this process is there for it
@@ -243,11 +244,3 @@ def _replica(settings: dict[str, Any], devices: str | None, asked: Any, said: An
         said.close()
         said.join_thread()
         raise SystemExit(1) from error
-
-
-def _end_with_the_parent() -> None:
-    """End this process, and free its devices, when the run that started it is killed."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
