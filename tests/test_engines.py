@@ -50,6 +50,7 @@ class Server:
     ends: list[str | None] = field(default_factory=list)  # how the first responses end, whatever they are
     change: Callable[[dict[str, Any]], None] = lambda answer: None  # what it does to each answer
     key: str = ""
+    says_context: bool = True  # as vLLM and SGLang do
     served: int = 0
     bodies: list[dict[str, Any]] = field(default_factory=list)  # of the requests
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +87,8 @@ def running(server: Server) -> Iterator[str]:
             self.wfile.write(text)
 
         def do_GET(self) -> None:
-            self.reply(200, {"data": [{"id": "tiny"}]})
+            context = {"max_model_len": server.model.config.max_position_embeddings} if server.says_context else {}
+            self.reply(200, {"data": [{"id": "tiny", **context}]})
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -220,11 +222,18 @@ def test_a_prompt_beyond_the_context_is_refused(
     engine: Callable[..., Sampler], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     asked = requests(tokenizer, 1, 1)
-    own, long = engine(asked, SAMPLING), Request("long", 0, (5,) * 1000)
+    own, long = engine(asked, SAMPLING), [Request(name, 0, (5,) * 1000) for name in ("long", "longer")]
     if isinstance(own, ReplaySampler):
         pytest.skip("nothing is generated")
-    with pytest.raises(ValueError, match=r"context.* long |of long .*context"):
-        list(own.sample(TINY, tokenizer, [long], SAMPLING))
+    with pytest.raises(ValueError, match="^2 of 3 prompts leave no room .* context of 1024 tokens, the longest is that of long "):
+        list(own.sample(TINY, tokenizer, [*asked, *long], SAMPLING))
+
+
+def test_a_server_that_does_not_say_its_context_refuses_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
+    with running(Server(TINY.load(), tokenizer, says_context=False)) as url:
+        own, long = ServerSampler(url, retries=0), Request("long", 0, (5,) * 1000)
+        with pytest.raises(ValueError, match="attempt 0 of long failed: 400 .*maximum context length is 1024"):
+            list(own.sample(TINY, tokenizer, [long], SAMPLING))
 
 
 def ask(

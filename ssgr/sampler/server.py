@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from ssgr.errors import first_line
 from ssgr.loadable import Loadable
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Decoding, Request, stop_ids
+from ssgr.sampler import Decoding, Request, check_room, stop_ids
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
 _LONGEST_PAUSE = 60.0  # seconds between two tries
@@ -82,36 +82,38 @@ class ServerSampler:
         """Yield the traces of all `requests` as they come.
 
         Raises:
-            ValueError: the server cannot be reached, refuses a request, goes away for longer than the tries last, changes
-                a prompt, or gives no token ids or none that serve. What came before has been yielded.
+            ValueError: the server cannot be reached, a prompt leaves no room in its context, it refuses a request, goes away
+                for longer than the tries last, changes a prompt, or gives no token ids or none that serve. What came before
+                has been yielded.
         """
         key = os.environ.get(self.key_variable, "")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         stop = stop_ids(checkpoint.generation(), tokenizer)
         limits = httpx.Limits(max_connections=self.concurrency)
         with httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client:
-            ask = _Asking(self, client, self._name(client), tokenizer, decoding, stop)
+            name, context = self._model(client)
+            check_room(context, requests, decoding)
+            ask = _Asking(self, client, name, tokenizer, decoding, stop)
             yield from _as_they_come(ask, requests, self.concurrency)
 
-    def _name(self, client: httpx.Client) -> str:
-        """What the server calls the model."""
+    def _model(self, client: httpx.Client) -> tuple[str, int | None]:
+        """What the server calls the model, and the tokens of its context (None: llama.cpp does not say)."""
         try:
             answer = client.get("models", timeout=min(self.timeout, 30.0))
             answer.raise_for_status()
-            names = [str(one["id"]) for one in answer.json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            contexts = {str(one["id"]): one.get("max_model_len") for one in answer.json()["data"]}
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"sampler.engine.url={self.url} does not answer ({first_line(error)[:200]}); start the server (vllm serve MODEL, "
                 f"say), or type {_AS_WRITTEN}"
             ) from error
-        if self.served is None and len(names) == 1:
-            return names[0]
-        if self.served not in names:
+        name = next(iter(contexts)) if self.served is None and len(contexts) == 1 else self.served
+        if name is None or name not in contexts:
             raise ValueError(
-                f"sampler.engine.served={self.served}: the server has {', '.join(names) or 'no model'}; type one of them"
+                f"sampler.engine.served={self.served}: the server has {', '.join(contexts) or 'no model'}; type one of them"
             )
-        assert self.served is not None
-        return self.served
+        context = contexts[name]
+        return name, context if isinstance(context, int) else None
 
 
 @dataclass
