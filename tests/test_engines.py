@@ -225,14 +225,16 @@ def test_a_prompt_beyond_the_context_is_refused(
     own, long = engine(asked, SAMPLING), [Request(name, 0, (5,) * 1000) for name in ("long", "longer")]
     if isinstance(own, ReplaySampler):
         pytest.skip("nothing is generated")
-    with pytest.raises(ValueError, match="^2 of 3 prompts leave no room .* context of 1024 tokens, the longest is that of long "):
+    with pytest.raises(
+        ValueError, match=r"^2 of 3 prompts leave no room .* context of 1024 tokens, the longest is that of long "
+    ):
         list(own.sample(TINY, tokenizer, [*asked, *long], SAMPLING))
 
 
 def test_a_server_that_does_not_say_its_context_refuses_by_itself(tokenizer: PreTrainedTokenizerBase) -> None:
     with running(Server(TINY.load(), tokenizer, says_context=False)) as url:
         own, long = ServerSampler(url, retries=0), Request("long", 0, (5,) * 1000)
-        with pytest.raises(ValueError, match="attempt 0 of long failed: 400 .*maximum context length is 1024"):
+        with pytest.raises(ValueError, match=r"attempt 0 of long failed: 400 .*maximum context length is 1024"):
             list(own.sample(TINY, tokenizer, [long], SAMPLING))
 
 
