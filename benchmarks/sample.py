@@ -150,9 +150,11 @@ def workers_memory() -> Iterator[list[float]]:
 
     watch = threading.Thread(target=look, daemon=True)
     watch.start()
-    yield found
-    over.set()
-    watch.join()
+    try:
+        yield found
+    finally:
+        over.set()
+        watch.join()
 
 
 def turn(

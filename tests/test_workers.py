@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +41,25 @@ def drawn(sampler: Sampler, tokenizer: PreTrainedTokenizerBase) -> dict[tuple[st
 @pytest.mark.parametrize("number", [2, 3, 50])
 def test_workers_draw_what_one_process_draws(number: int, tokenizer: PreTrainedTokenizerBase) -> None:
     assert drawn(HfSampler(8, number), tokenizer) == drawn(HfSampler(8, 1), tokenizer)
-    assert not psutil.Process().children()
+    assert not multiprocessing.active_children()
+
+
+def test_where_it_is_faster_they_come_unasked(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, together, started = requests(tokenizer, 40), workers.together, []
+    short = replace(SAMPLING, max_new_tokens=20)
+
+    def counted(jobs: Sequence[Callable[[], Any]]) -> Iterator[Any]:
+        started.append(len(jobs))
+        return together(jobs)
+
+    alone = [t for some in HfSampler(64, 1).sample(TINY, tokenizer, asked, short) for t in some]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(workers, "together", counted)
+    shared = [t for some in HfSampler(64).sample(TINY, tokenizer, asked, short) for t in some]
+    at = lambda t: (t.problem_id, t.attempt)
+    assert started == [2] and sorted(shared, key=at) == sorted(alone, key=at)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +85,7 @@ def test_they_share_a_model_on_a_processor_alone() -> None:
     elsewhere = TINY.load().to("meta")
     assert workers.count(None, elsewhere, 512) == workers.count(1, elsewhere, 512) == 1
     with pytest.raises(
-        ValueError, match=r"workers=2: workers share a model on a processor, .*type sampler.engine.workers=1"
+        ValueError, match=r"^workers=2: workers share a model on a processor, .*type sampler.engine.workers=1"
     ):
         workers.count(2, elsewhere, 512)
     with pytest.raises(ValueError, match="workers=0: type 1 or more, or null"):
@@ -76,20 +97,28 @@ def raising(error: Exception) -> Iterator[int]:
     raise error
 
 
-class Own(RuntimeError):
-    """An error that the parent may not be able to read."""
+class Own(Exception):
+    """An error that pickle cannot make again."""
+
+    def __init__(self, kind: str, what: str) -> None:
+        super().__init__(kind)
 
 
 @pytest.mark.parametrize(
     ("error", "read"),
-    [(ValueError("a prompt"), ValueError("a prompt")), (Own("out\nof luck"), RuntimeError("Own: out"))],
+    [
+        (ValueError("a prompt"), ValueError("a prompt")),
+        (Own("a kind", "in two parts"), RuntimeError("Own: a kind")),
+        (ValueError(lambda: 0, "cannot be sent"), ValueError("ValueError: (<function")),
+        (MemoryError(), MemoryError()),
+    ],
 )
 def test_what_one_raises_comes_out(error: Exception, read: Exception) -> None:
     with pytest.raises(type(read)) as raised:
         list(workers.together([lambda: raising(error), lambda: forever([])]))
-    assert (type(raised.value), str(raised.value)) == (type(read), str(read))
+    assert type(raised.value) is type(read) and str(raised.value).startswith(str(read))
     assert any("in raising" in note for note in raised.value.__notes__)  # where it was raised
-    assert not psutil.Process().children()
+    assert not multiprocessing.active_children()
 
 
 def test_memory_that_ends_in_one_is_told_as_anywhere() -> None:
@@ -108,27 +137,70 @@ def test_one_that_is_killed_is_told() -> None:
     some = workers.together([lambda: forever([os.getpid()]), lambda: forever([])])
     os.kill(next(some), signal.SIGKILL)
     with pytest.raises(
-        ValueError, match=r"a worker of sampler\.engine was ended by SIGKILL, .*what was sampled is kept"
+        ValueError, match=r"a worker was ended by SIGKILL, as .*memory.*; what was sampled is kept, .*type a smaller"
     ):
         next(some)
-    assert not psutil.Process().children()
+    assert not multiprocessing.active_children()
+
+
+def test_one_that_ends_early_is_told() -> None:
+    def leaving() -> Iterator[int]:
+        yield 1
+        raise SystemExit(0)
+
+    some = workers.together([leaving])
+    assert next(some) == 1
+    with pytest.raises(ValueError, match=r"^a worker ended early with code 0; what was sampled is kept"):
+        next(some)
+
+
+def test_one_that_cannot_be_started_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fork() -> int:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(os, "fork", fork)
+    with pytest.raises(
+        ValueError, match=r"a worker cannot be started \(OSError.*; type a smaller sampler.engine.workers"
+    ):
+        list(workers.together([lambda: [1]]))
 
 
 def test_those_of_a_reader_that_stops_are_ended() -> None:
     some = workers.together([lambda: forever([1])] * 2)
     assert next(some) == 1
-    assert len(psutil.Process().children()) == 2
+    assert len(multiprocessing.active_children()) == 2
     some.close()  # type: ignore[attr-defined]
-    assert not psutil.Process().children()
+    assert not multiprocessing.active_children()
 
 
 def test_signals_to_all_of_a_job_are_the_parents() -> None:
     def signalled() -> Iterator[int]:
-        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT):
             os.kill(os.getpid(), number)
             yield number
 
-    assert len(list(workers.together([signalled]))) == 4
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    assert len(list(workers.together([signalled]))) == 5
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+
+
+def test_a_reader_that_fails_ends_them_with_python() -> None:
+    script = (
+        "import os, tests.test_workers as t\n"
+        "some = t.workers.together([lambda: t.forever([os.getpid()])] * 2)\n"
+        "for pid in some: print(pid, flush=True); 1 / 0"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120)
+    assert "ZeroDivisionError" in done.stderr
+    assert not alive(int(done.stdout))
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_they_die_with_a_parent_that_is_killed() -> None:
@@ -143,7 +215,7 @@ def test_they_die_with_a_parent_that_is_killed() -> None:
         assert all(map(psutil.pid_exists, pids))
         run.kill()
     due = time.monotonic() + 20
-    while any(map(psutil.pid_exists, pids)):
+    while any(map(alive, pids)):
         assert time.monotonic() < due, "a worker outlives the run"
         time.sleep(0.05)
 

@@ -27,7 +27,7 @@ class HfSampler:
         if self.batch_size < 1:
             raise ValueError(f"sampler.engine.batch_size={self.batch_size}: at least one row is decoded at a time")
         if self.workers is not None and self.workers < 1:
-            raise ValueError(f"sampler.engine.workers={self.workers}: type 1 or more, or null for what is faster")
+            raise ValueError(f"workers={self.workers}: type 1 or more, or null for what is faster")
 
     def sample(
         self,
@@ -60,8 +60,8 @@ def decode(
     number = workers.count(asked, model, size)
     if number == 1:
         return _decode(model, requests, decoding, stop, size)
-    each = -(-size // number)
-    return workers.together([partial(_decode, model, requests[n::number], decoding, stop, each) for n in range(number)])
+    shares = [(requests[n::number], size // number + (n < size % number)) for n in range(number)]
+    return workers.together([partial(_decode, model, own, decoding, stop, rows) for own, rows in shares])
 
 
 def _decode(

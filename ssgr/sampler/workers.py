@@ -6,8 +6,10 @@ has the weights at once, and they lie in memory once.
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
+import pickle
 import signal
 import sys
 import threading
@@ -25,13 +27,16 @@ from ssgr.errors import first_line
 
 T = TypeVar("T")
 
+# Sent to all processes of a job, and for the parent alone: it requeues the job, or ends with its workers.
+_PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
+_FEWER = "type a smaller sampler.engine.workers, or bench.engine.workers (1: no processes but this one)"
 _ROWS = 32  # of a worker at least, where nobody asks for workers: with fewer, reading the weights is what a step takes
 
 
 def count(asked: int | None, model: PreTrainedModel, rows: int) -> int:
     """How many workers decode `rows` rows: as many as are `asked` for, or one a thread where that is known to be faster.
 
-    It is known of float32 and of at least 32 rows a worker; 16-bit products pack the weights anew in each worker.
+    It is known of float32 and of at least 32 rows a worker; 16-bit numbers were not measured.
 
     Raises:
         ValueError: they are asked for where processes cannot share a model.
@@ -40,8 +45,8 @@ def count(asked: int | None, model: PreTrainedModel, rows: int) -> int:
     if asked is not None:
         if asked > 1 and not serves:
             raise ValueError(
-                f"sampler.engine.workers={asked}: workers share a model on a processor, with Linux; this one is on "
-                f"{model.device.type} with {sys.platform}: type sampler.engine.workers=1"
+                f"workers={asked}: workers share a model on a processor, with Linux; this one is on {model.device.type} with "
+                f"{sys.platform}: type sampler.engine.workers=1, or bench.engine.workers=1"
             )
         return max(1, min(asked, rows))
     threads = torch.get_num_threads()
@@ -53,75 +58,96 @@ def together(jobs: Sequence[Callable[[], Iterable[T]]]) -> Iterator[T]:
 
     Raises:
         Exception: what the first worker that failed raised; the others are ended.
-        ValueError: a worker was killed.
+        ValueError: a worker cannot be started, or ended before its job.
     """
-    context = multiprocessing.get_context("fork")
     workers: dict[Connection, BaseProcess] = {}
+
+    def end() -> None:
+        for here, worker in workers.items():
+            if worker.pid is not None:
+                worker.kill()  # it holds nothing that is to be kept, and heeds no other signal
+                worker.join()
+            here.close()
+        workers.clear()
+
+    atexit.register(end)  # a reader that failed may still hold this generator when Python ends
     try:
         for job in jobs:
-            here, there = context.Pipe(duplex=False)
-            worker: BaseProcess = context.Process(target=_work, args=(job, there), daemon=True)
-            with (
-                warnings.catch_warnings()
-            ):  # of Python 3.12: a fork inherits no thread; a worker runs on one and starts none
-                warnings.simplefilter("ignore", DeprecationWarning)
-                worker.start()
-            there.close()  # so that the death of the worker ends what is read here
-            workers[here] = worker
+            _start(job, workers)
         reading = set(workers)
         while reading:
-            for end in wait(reading):
-                assert isinstance(end, Connection)
+            for here in wait(reading):
+                assert isinstance(here, Connection)
                 try:
-                    said: T | Exception = end.recv()
+                    said: _Said[T] = here.recv()
                 except (EOFError, OSError):
-                    reading.remove(end)
-                    _see_that_it_ended(workers[end])
-                    continue
-                if isinstance(said, Exception):
+                    raise _ended_early(workers[here]) from None
+                if said is None:
+                    reading.remove(here)
+                elif isinstance(said, Exception):
                     raise said
-                yield said
+                else:
+                    yield said[0]
     finally:
-        for here, worker in workers.items():
-            worker.terminate()
-            worker.join()
-            here.close()
+        atexit.unregister(end)
+        end()
 
 
-def _work(job: Callable[[], Iterable[T]], there: Connection) -> None:
+_Said = tuple[T] | Exception | None  # something of what a job yields, what it raised, or that it is done
+
+
+def _start(job: Callable[[], Iterable[T]], workers: dict[Connection, BaseProcess]) -> None:
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    # Until the worker is known here, and ignores them there:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _PARENTS)
+    workers[here] = worker = context.Process(target=_work, args=(job, there, before), daemon=True)
+    try:
+        with warnings.catch_warnings():  # of Python 3.12: a fork has none of the parent's threads, and needs none
+            warnings.simplefilter("ignore", DeprecationWarning)
+            worker.start()
+    except OSError as error:
+        raise ValueError(f"a worker cannot be started ({first_line(error)}); {_FEWER}") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        there.close()  # so that the death of the worker ends what is read here
+
+
+def _work(job: Callable[[], Iterable[T]], there: Connection, mask: Iterable[int]) -> None:
     """The worker: do the job, and say what comes of it."""
-    threading.Thread(target=end_with_the_parent, daemon=True).start()
-    for number in (
-        signal.SIGINT,
-        signal.SIGUSR1,
-        signal.SIGUSR2,
-        signal.SIGCONT,
-    ):  # the parent's, which ends its workers
+    for number in _PARENTS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    threading.Thread(target=end_with_the_parent, daemon=True).start()
     torch.set_num_threads(1)
     try:
         for some in job():
-            there.send(some)
+            there.send((some,))
+        there.send(None)
     except Exception as error:
-        there.send(_sent(error))
+        there.send(_readable(error))
 
 
-def _sent(error: Exception) -> Exception:
-    """`error` as the parent can read it."""
-    sent = error if type(error).__module__ == "builtins" else RuntimeError(first_line(error))
-    sent.add_note(traceback.format_exc())  # which the error itself leaves behind
+def _readable(error: Exception) -> Exception:
+    """`error` as another process can read it, with its traceback."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its parts raise
+        sent: Exception = (ValueError if isinstance(error, ValueError) else RuntimeError)(first_line(error))
+    else:
+        sent = error
+    sent.add_note("".join(traceback.format_exception(error)))
     return sent
 
 
-def _see_that_it_ended(worker: BaseProcess) -> None:
+def _ended_early(worker: BaseProcess) -> ValueError:
     worker.join()
-    if code := worker.exitcode:
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        raise ValueError(
-            f"a worker of sampler.engine {how}, as the system does when memory runs out; what was sampled is kept: type a "
-            "smaller sampler.engine.workers or sampler.engine.batch_size, and the same command goes on from there"
-        )
+    code = worker.exitcode or 0
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended early with code {code}"
+    why = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+    return ValueError(
+        f"a worker {how}{why}; what was sampled is kept, and the same command goes on from there: {_FEWER}"
+    )
 
 
 def end_with_the_parent() -> None:

@@ -322,7 +322,7 @@ def _reset_peak_rss() -> None:
 
 
 def peak_rss_mib() -> float:
-    """The process's largest resident memory since `_reset_peak_rss`, of all its threads."""
+    """The process's largest resident memory since `_reset_peak_rss`, of all its threads; not that of processes it started."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) / 2**10
