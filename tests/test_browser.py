@@ -65,7 +65,7 @@ def browser() -> Iterator[Any]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     out = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
-    out.set_script_timeout(60)
+    out.set_script_timeout(180)  # axe takes seconds; beside the other tests of CI it has taken more than a minute
     yield out
     out.quit()
 

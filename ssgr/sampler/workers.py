@@ -9,7 +9,6 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -130,12 +129,8 @@ def _work(job: Callable[[], Iterable[T]], there: Connection, mask: Iterable[int]
 
 def _readable(error: Exception) -> Exception:
     """`error` as another process can read it, with its traceback."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # whatever its parts raise
-        sent: Exception = (ValueError if isinstance(error, ValueError) else RuntimeError)(first_line(error))
-    else:
-        sent = error
+    plain = type(error).__module__ == "builtins" and all(isinstance(one, str | int) for one in error.args)
+    sent = error if plain else (ValueError if isinstance(error, ValueError) else RuntimeError)(first_line(error))
     sent.add_note("".join(traceback.format_exception(error)))
     return sent
 
