@@ -44,11 +44,9 @@ def run(sweep: Sweep, store: Store, settings: Settings, cpus: int | None, timeou
                     if job.done():
                         del running[slot]
                         progress.step()
-                        if job.exception() is None:
-                            absent -= set(task.keys)
-                        else:
-                            _lost(records, sweep, store, task, job)
-                            progress.step(_drop(waiting, task))
+                        lost = [] if job.exception() is None else _lost(records, sweep, store, task, job)
+                        absent -= {*task.keys} - {*lost}  # what a job made before it failed is there for others
+                        progress.step(_drop(waiting, lost))
                 ready = [task for task in waiting.values() if not task.needs & absent]
                 for task in ready[: count - len(running)]:
                     slot = next(i for i in range(count) if i not in running)
@@ -78,10 +76,11 @@ def _start(sweep: Sweep, task: Task, slot: int, threads: int, timeout_min: int) 
     return executor.submit(work_of(sweep, task.keys, threads))
 
 
-def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submitit.Job[None]) -> None:
-    """Say that a task failed; one that was killed could not note it itself."""
+def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submitit.Job[None]) -> list[str]:
+    """What a task that failed did not make, after saying so; one that was killed could not note it itself."""
     stages = [sweep.graph.stages[key] for key in task.keys]
-    stage = next((one for one in stages if store.find(one.folder, one.key) is None), stages[-1])
+    left = [one for one in stages if store.find(one.folder, one.key) is None]
+    stage = left[0] if left else stages[-1]
     failure = records.failure(stage.folder, stage.key)
     if failure is None:
         records.fail(
@@ -89,11 +88,12 @@ def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submiti
         )
     said = failure.error if failure else "its process ended without a result"
     print(f"[ERROR] {stage.name} of {sweep.label(task.cell)}: {said} (log: {job.paths.stderr})", file=sys.stderr)
+    return [one.key for one in left]
 
 
-def _drop(waiting: dict[str, Task], failed: Task) -> int:
-    """Take out of `waiting` all that needs what failed; how many those are."""
-    gone, before = set(failed.keys), len(waiting)
+def _drop(waiting: dict[str, Task], lost: list[str]) -> int:
+    """Take out of `waiting` all that needs what was lost; how many those are."""
+    gone, before = set(lost), len(waiting)
     for task in list(waiting.values()):  # in the order of the graph
         if task.needs & gone:
             gone |= set(task.keys)

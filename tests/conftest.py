@@ -16,10 +16,21 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
-from ssgr.model import Model
-from tests.started import Started
+from ssgr import lean
+
+lean.load_transformers()  # as run.py and every job do, before anything else imports it
+
+from transformers import (  # noqa: E402
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from ssgr.model import Model  # noqa: E402
+from tests.started import Started  # noqa: E402
 
 settings.register_profile("ssgr", deadline=None)  # no test asserts a time
 settings.load_profile("ssgr")
@@ -131,7 +142,7 @@ def run(tmp_path: Path, started: Started) -> Run:
     return type_
 
 
-TASK = """task: sums
+TASK = """task: %s
 dataset_path: json
 dataset_kwargs: {data_files: {test: %s}}
 test_split: test
@@ -139,13 +150,24 @@ output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
 doc_to_target: answer
-metric_list: [{metric: acc}]
+metric_list: [%s]
 """
 
 
+@pytest.fixture(scope="session")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of tasks of lm-evaluation-harness, whose index of all tasks takes seconds for each folder."""
+    folder = tmp_path_factory.mktemp("tasks")
+    metrics = {"sums": ["acc"], "sums_of_all": ["acc", "f1", "mcc"]}
+    for name, own in metrics.items():
+        given = ", ".join(f"{{metric: {metric}}}" for metric in own)
+        (folder / f"{name}.yaml").write_text(TASK % (name, folder / "rows.jsonl", given))
+    return folder
+
+
 @pytest.fixture
-def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A task of lm-evaluation-harness on local files: which of two sums is right."""
+def sums(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Those on local files: which of two sums is right. `sums` has accuracy alone, `sums_of_all` metrics of all rows too."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     rng = np.random.default_rng(0)
@@ -155,8 +177,5 @@ def sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         choices = [f" {a + b}", f" {a + b + int(rng.integers(1, 9))}"]
         right = int(rng.integers(2))
         rows.append({"question": f"{a}+{b}=", "choices": choices[:: -1 if right else 1], "answer": right})
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    folder = tmp_path / "tasks"
-    folder.mkdir()
-    (folder / "sums.yaml").write_text(TASK % (tmp_path / "rows.jsonl"))
-    return folder
+    (tasks / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tasks

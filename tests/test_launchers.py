@@ -37,7 +37,8 @@ def test_a_grid_in_processes_equals_the_grid_in_one(run: Run, tmp_path: Path) ->
     text = ("bench=perplexity", "bench.text=prose", "bench.window=64", "bench.windows=32")
     small = [setting for setting in SMALL if not setting.startswith("bench.")]
     shared, same = (*text, *small, "pruner=magnitude"), "budget.max_row_tokens=512"
-    parts = (*LOCAL, "hydra.launcher.parts=2", "hydra.launcher.fold.evaluate=prune", *shared)
+    fold = ("hydra.launcher.fold.evaluate=prune", "+hydra.launcher.fold.select=grade")
+    parts = (*LOCAL, "hydra.launcher.parts=2", *fold, *shared)
     said = command(run, *parts, "calib=self,corpus", "budget.max_row_tokens=8,512", small=False, code=1)
     assert "1 of 4 cells failed" in said and "select failed: " in said, said
     sweep = read(tmp_path / "sweep")

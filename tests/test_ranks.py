@@ -85,7 +85,7 @@ def all_end(*marks: str) -> None:
 
 def on_two_hosts(work: Path, job: str, *arguments: object) -> list[tuple[int, str]]:
     """How either of two hosts ends, one rank on each, and what it says last; they are processes of this host."""
-    board, environment = work.parent / "board.json", os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
+    board, environment = work.parent / "board.json", os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     code = (
         "import sys; from pathlib import Path, PosixPath; from ssgr.stages import ranks; from tests import rank_jobs; "
         f"crew = ranks.Crew(int(sys.argv[1]), 2, {board!r}, '127.0.0.1'); "
@@ -129,7 +129,7 @@ def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: p
     for several in ("2", "3", "hosts"):
         other = content(tmp_path / several)
         assert one.keys() == other.keys()
-        assert [name for name in one if one[name] != other[name]] == []
+        assert sorted({name.split("/")[0] for name in one if one[name] != other[name]}) == [], several
         assert results(tmp_path / several) == results(tmp_path / "1")
 
 

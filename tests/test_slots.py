@@ -90,7 +90,7 @@ def test_sixteen_bits_say_what_the_same_weights_say_in_64(kind: str) -> None:
     assert tokens > 500 and away <= 0.01 * tokens, f"{away} of {tokens} tokens are not the likeliest but for rounding"
 
 
-@pytest.mark.parametrize("size", [1, 2, 7, 16, 64])
+@pytest.mark.parametrize("size", [1, 7, 64, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 16))])
 def test_traces_are_those_of_single_rows_whatever_the_slots(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = [

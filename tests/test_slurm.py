@@ -172,7 +172,8 @@ def manifests(store: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-TOGETHER = "+hydra.launcher.fold.sample=prune"  # a pruned model is sampled in the job that made it: half as many jobs
+SAMPLED = "+hydra.launcher.fold.sample=prune"  # a pruned model is sampled in the job that made it: half as many jobs
+TOGETHER = (SAMPLED, "+hydra.launcher.fold.prune=select")
 GRID = ("calib=corpus,self", "scope=both,response", "pruner=wanda,magnitude", "sparsity.ratio=0.3,0.4,0.5")
 
 
@@ -180,7 +181,7 @@ GRID = ("calib=corpus,self", "scope=both,response", "pruner=wanda,magnitude", "s
 def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp_path: Path) -> None:
     """Arrays of at most 5; the driver is killed once some jobs are in the queue, and what it left is joined."""
     grid = Grid(tmp_path, *GRID)
-    limit = ("hydra.launcher.max_array=5", TOGETHER)
+    limit = ("hydra.launcher.max_array=5", *TOGETHER)
     with open(tmp_path / "driver.log", "w") as log:
         driver = subprocess.Popen(grid.command(*limit), stdout=log, stderr=log, env=ENV)
     until(lambda: driver.poll() is not None or sum(one.job is not None for one in grid.records) >= 3)
@@ -222,7 +223,7 @@ LONG = (  # stages that last long enough to be hit in the middle
     "calib=self",
     "pruner=wanda",
     "problems.calibration=96",
-    "problems.test=96",
+    "problems.test=48",
     "sampler.engine.batch_size=16",
     "bench.engine.batch_size=4",
     "budget.tokens=20000",
@@ -256,7 +257,7 @@ def began(grid: Grid, name: str, count: int) -> bool:
 @pytest.mark.xdist_group("faults")
 def test_jobs_that_are_killed_go_on_where_they_were_after_one_resubmission(tmp_path: Path) -> None:
     """SIGKILL in the middle of sampling, of pruning and of evaluating; scancel of one more."""
-    grid = Grid(tmp_path, *LONG, TOGETHER, "sparsity.ratio=0.3,0.4,0.5")
+    grid = Grid(tmp_path, *LONG, SAMPLED, "sparsity.ratio=0.3,0.4,0.5")
     grid.submit()
     kept = {}
 
@@ -342,7 +343,7 @@ def test_a_time_limit_that_is_too_short_only_takes_longer(tmp_path: Path) -> Non
 @pytest.mark.xdist_group("grid")
 def test_two_submissions_of_overlapping_grids_share_their_stages(tmp_path: Path) -> None:
     """At the same moment, into one store."""
-    same = (TOGETHER, "calib=corpus", "pruner=wanda")
+    same = (*TOGETHER, "calib=corpus", "pruner=wanda")
     one = Grid(tmp_path, *same, "sparsity.ratio=0.3,0.5", sweep="one")
     other = Grid(tmp_path, *same, "sparsity.ratio=0.5,0.6", sweep="other")
     drivers = [
@@ -378,7 +379,7 @@ def test_two_nodes_that_share_a_prune_make_the_same_bytes(tmp_path: Path) -> Non
 @pytest.mark.xdist_group("faults")
 def test_a_cell_that_must_fail_fails_alone_and_says_why(tmp_path: Path) -> None:
     """Two that cannot be planned, and one whose selection is empty when it is made."""
-    grid = Grid(tmp_path, TOGETHER, "pruner=wanda", "calib=corpus,ssgr", "sparsity.ratio=0.5,1.5")
+    grid = Grid(tmp_path, *TOGETHER, "pruner=wanda", "calib=corpus,ssgr", "sparsity.ratio=0.5,1.5")
     said = grid.submit("hydra.launcher.wait=true", code=1)
     assert "3 of 4 cells failed" in said and "select failed: " in said and "ratio=1.5" in said, said
     assert [n for n in range(4) if (grid.path / str(n) / "result.json").exists()] == [0]

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-from ssgr import files, progress
+from ssgr import files, lean, progress
 from ssgr.stages.collect import Collector, Sums
 
 _MEETING = "meeting"  # a file in the work folder
@@ -133,7 +133,7 @@ def run(count: int, work: Path, device: str, job: Callable[..., None], *args: An
     threads = max(1, torch.get_num_threads() // count)
     context = multiprocessing.get_context("spawn")
     failures, news = context.SimpleQueue(), context.SimpleQueue()
-    own = (_Place(count, meeting, crew), os.getpid(), device, threads, failures, news, job, args)
+    own = (_Lean(), _Place(count, meeting, crew), os.getpid(), device, threads, failures, news, job, args)
     processes: Any = torch.multiprocessing.start_processes(_begin, own, nprocs=count, join=False)  # type: ignore[attr-defined, no-untyped-call]
     try:
         while not processes.join(timeout=1):
@@ -192,9 +192,16 @@ class _Place:
         return store
 
 
+class _Lean:
+    """Where a rank reads this from what it is started with, it loads transformers, before what follows imports all of it."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return lean.load_transformers, ()
+
+
 def _begin(
-    local: int, place: _Place, parent: int, device: str, threads: int, failures: Any, news: Any, job: Callable[..., None],
-    args: Any,
+    local: int, _: None, place: _Place, parent: int, device: str, threads: int, failures: Any, news: Any,
+    job: Callable[..., None], args: Any,
 ) -> None:  # fmt: skip
     # What the death of the parent sends; whatever a shell starts with & ignores it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
