@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,25 @@ def write_json(file: Path, content: object) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     beside.replace(file)
+
+
+def cached(name: str, make: Callable[[], str]) -> str:
+    """What `make` gives, made once: other processes find it under `name` in the user's cache, if there is one.
+
+    It is kept below its own SHA-256, so that what is damaged is made again.
+    """
+    file = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ssgr", name)
+    with suppress(OSError, RuntimeError):  # it is not there; there is no home
+        file = file.expanduser()
+        digest, _, content = file.read_bytes().partition(b"\n")
+        if digest == hashlib.sha256(content).hexdigest().encode():
+            return content.decode()
+    made = make()
+    with suppress(OSError, RuntimeError):  # then it is made again
+        content = made.encode()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(file, hashlib.sha256(content).hexdigest().encode() + b"\n" + content)
+    return made
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:

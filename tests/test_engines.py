@@ -195,8 +195,8 @@ def test_an_engine_goes_on_with_what_was_begun(
 ) -> None:
     """From tokens that it would not have drawn itself, so that it cannot come to them by beginning anew."""
     asked = requests(tokenizer, 3)
-    own = engine(asked, SAMPLING)
-    for decoding in (SAMPLING, Decoding(2, 0.0, 1.0, 60, 0)):
+    own, greedy = engine(asked, SAMPLING), Decoding(2, 0.0, 1.0, 60, 0)
+    for decoding in (greedy,) if isinstance(own, VllmSampler) else (SAMPLING, greedy):  # that starts anew each time
         whole = drawn(engine, tokenizer, asked, decoding)
         ids = [whole[r.problem_id, r.attempt].generated_ids for r in asked]
         if isinstance(own, ReplaySampler):  # it gives back what was begun, and the rest of it

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import ssgr
+from ssgr import files
 from ssgr import store as store_module
 from ssgr.lease import Lease
 from ssgr.store import Artefact, Store
@@ -369,3 +370,22 @@ def test_the_peak_is_that_of_the_stage_not_of_the_process(tmp_path: Path) -> Non
     large = Store(tmp_path).run("large", "key", fill)
     small = Store(tmp_path).run("small", "key", lambda work: None)
     assert large.run.peak_rss_mib - small.run.peak_rss_mib > 100
+
+
+def test_what_is_cached_is_made_once_and_again_if_it_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    made: list[str] = []
+
+    def make() -> str:
+        made.append("é\r\nx")
+        return made[0]
+
+    for damage, times in ((lambda content: content, 1), (lambda content: content[:-1], 2), (lambda content: b"", 3)):
+        assert files.cached("a/b", make) == files.cached("a/b", make) == made[0]
+        file = tmp_path / "ssgr" / "a" / "b"
+        file.write_bytes(damage(file.read_bytes()))
+        assert files.cached("a/b", make) == made[0] and len(made) == times
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert files.cached("a/b", make) == made[0] and len(made) == 4, "where there can be no cache, it is made each time"

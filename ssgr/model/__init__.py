@@ -6,10 +6,8 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
@@ -338,16 +336,12 @@ def _checksum_of(file: Path, size: int, changed: int) -> str:
     if size <= _READ_ALWAYS:
         return _read(file, size)
     name = hashlib.sha256(f"{file}\n{size}\n{changed}".encode()).hexdigest()
-    note = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "ssgr", "checksums", name)
-    with suppress(OSError, RuntimeError):  # it is not there; there is no home
-        return note.expanduser().read_text()
-    _log.info("%s is read once, to tell which model it is", file)
-    found = _read(file, size)
-    with suppress(OSError, RuntimeError):  # then it is read again
-        note = note.expanduser()
-        note.parent.mkdir(parents=True, exist_ok=True)
-        files.write_bytes(note, found.encode())
-    return found
+
+    def read() -> str:
+        _log.info("%s is read once, to tell which model it is", file)
+        return _read(file, size)
+
+    return files.cached(f"checksums/{name}", read)
 
 
 def _read(file: Path, size: int) -> str:

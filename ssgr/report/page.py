@@ -8,11 +8,12 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version as installed
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ssgr.files import write_bytes
+from ssgr.files import cached, write_bytes
 from ssgr.report import charts, figures, inside, ran, traces
 from ssgr.report.cells import Cell, natural, read, told_apart
 from ssgr.report.drawing import metric_title
@@ -239,8 +240,11 @@ def bundle() -> str:
     import altair
     import vl_convert
 
-    version = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2])
-    script = vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", version)
+    version, wanted = ".".join(altair.SCHEMA_VERSION.lstrip("v").split(".")[:2]), "window.vegaEmbed = vegaEmbed;"
+    script = cached(  # it takes seconds
+        f"vega/{version}-{installed('vl-convert-python')}.js",
+        lambda: str(vl_convert.javascript_bundle(wanted, version)),
+    )
     assert "</script" not in script.lower() and "<!--" not in script
     return script
 
