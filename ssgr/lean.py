@@ -14,7 +14,7 @@ def load_transformers() -> None:
 
     Both can be imported afterwards. Call this before anything else imports transformers; where it cannot be loaded so,
     whoever imports it next has all of it. Garbage is not collected meanwhile, nor later looked for among what is loaded: of
-    modules and classes there is none, and to look takes a sixth of the time.
+    modules and classes there is none, and to look takes a quarter of the time.
     """
     hidden, collects = [name for name in _UNUSED if name not in sys.modules], gc.isenabled()
     sys.modules |= dict.fromkeys(hidden)  # type: ignore[arg-type]  # None: it is not found

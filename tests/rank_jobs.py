@@ -119,8 +119,12 @@ def arguments(source: Path, work: Path, count: int):  # type: ignore[no-untyped-
 
 
 def steps(own: Ranks) -> None:
-    """Work of two steps, the second of which is never taken."""
+    """Work of two steps, the second of which is never taken, by ranks that have loaded what a run loads and no more."""
+    import sys
+
     from ssgr.progress import Progress
+
+    assert "transformers.generation.candidate_generator" in sys.modules and not {"scipy", "sklearn"} & {*sys.modules}
 
     with Progress("prune", 2, shown=False) as progress:
         progress.step()
