@@ -162,12 +162,16 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, own in metrics.items():
         given = ", ".join(f"{{metric: {metric}}}" for metric in own)
         (folder / f"{name}.yaml").write_text(TASK % (name, folder / "rows.jsonl", given))
+    undeclared = TASK % ("sums_own", folder / "rows.jsonl", "{metric: acc}") + "process_results: !function own.results\n"
+    (folder / "sums_own.yaml").write_text(undeclared)
+    (folder / "own.py").write_text("def results(doc, said):\n    return {'own': float(doc['answer'])}\n")
     return folder
 
 
 @pytest.fixture
 def sums(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Those on local files: which of two sums is right. `sums` has accuracy alone, `sums_of_all` metrics of all rows too."""
+    """Those on local files: which of two sums is right. `sums` has accuracy alone, `sums_of_all` metrics of all rows too, and
+    `sums_own` one that it does not declare."""
     pytest.importorskip("lm_eval")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     rng = np.random.default_rng(0)

@@ -111,8 +111,11 @@ def test_a_task_is_what_the_library_says(sums: Path, tokenizer: PreTrainedTokeni
     assert len(items) == 24
     found = reading(measure, items, 1.0)
     assert found.value == pytest.approx(want["results"]["sums"]["acc,none"]) and found.metric == "acc"
+    calls, tiny = [], TINY.load()
+    tiny.register_forward_pre_hook(lambda *_: calls.append(1))
     with pytest.raises(ValueError, match=r"bench.metric=f1: the task sums has acc"):
-        LmEvalTask("sums", "sums", "f1", folder=str(sums)).measure(TINY, tokenizer, ())
+        LmEvalTask("sums", "sums", "f1", folder=str(sums), batch_size=1).measure(Loaded(tiny), tokenizer, ())
+    assert 0 < len(calls) <= 4, "the choices of one document of 24 show which metrics a task has"
     with pytest.raises(ValueError, match=r"bench.task=sumss: .* has no such task; near are .*sums"):
         LmEvalTask("sums", "sumss", "acc", folder=str(sums)).measure(TINY, tokenizer, ())
     (sums / "rows.jsonl").unlink()
@@ -129,6 +132,14 @@ def test_a_metric_of_all_documents_at_once_is_refused_before_the_model_is_loaded
     unused: Any = None
     with pytest.raises(ValueError, match=rf"bench.metric={metric}: the task sums_of_all makes it of .*: it has acc$"):
         LmEvalTask("sums", "sums_of_all", metric, folder=str(sums)).measure(unused, tokenizer, ())
+
+
+@pytest.mark.xdist_group("lm_eval")
+@pytest.mark.filterwarnings("ignore")
+def test_a_metric_that_a_task_gives_without_declaring_it_serves(sums: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    items = LmEvalTask("sums", "sums_own", "own", folder=str(sums)).measure(TINY, tokenizer, ())
+    rows = (sums / "rows.jsonl").read_text().split("\n")
+    assert [item.value for item in items] == [json.loads(row)["answer"] for row in rows]
 
 
 @pytest.mark.parametrize("value", [(-3.5, 7), [True, False], None])

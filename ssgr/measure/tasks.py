@@ -67,23 +67,29 @@ class LmEvalTask:
             tasks = _tasks(get_task_dict([self.task], manager))
         except Exception as error:
             raise self._cannot(error) from error
-        self._check_metric(tasks)
+        declared = self._check_metric(tasks)
         wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, batch_size=self.batch_size)
-        try:
-            found = lm_eval.simple_evaluate(
-                model=wrapped,
-                tasks=tasks,
-                num_fewshot=self.fewshot,
-                limit=self.limit,
-                task_manager=manager,
-                log_samples=True,
-                bootstrap_iters=0,
-                apply_chat_template=self.chat,
-                confirm_run_unsafe_code=self.unsafe_code,
-            )
-        except Exception as error:
-            raise self._cannot(error) from error
-        return self._items(found["samples"])
+
+        def evaluated(limit: int | None) -> list[Item]:
+            try:
+                found = lm_eval.simple_evaluate(
+                    model=wrapped,
+                    tasks=tasks,
+                    num_fewshot=self.fewshot,
+                    limit=limit,
+                    task_manager=manager,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                    apply_chat_template=self.chat,
+                    confirm_run_unsafe_code=self.unsafe_code,
+                )
+            except Exception as error:
+                raise self._cannot(error) from error
+            return self._items(found["samples"])
+
+        if not declared:  # a task may give metrics that it does not declare: one document shows which
+            evaluated(1)
+        return evaluated(self.limit)
 
     def _cannot(self, error: Exception) -> ValueError:
         """What the library, datasets or the hub raised, of many kinds: all mean that the task cannot be run."""
@@ -93,8 +99,9 @@ class LmEvalTask:
             "on a machine with network, or give bench.folder=DIR with a task of local files"
         )
 
-    def _check_metric(self, tasks: Sequence[Any]) -> None:
-        """Refuse a metric that is not the mean of what each document has, before hours of evaluation."""
+    def _check_metric(self, tasks: Sequence[Any]) -> bool:
+        """Whether `tasks` declare the metric; refuse one that is not the mean of what each document has, before hours of
+        evaluation."""
         from lm_eval.api.metrics import mean
 
         means = {name for task in tasks for name, how in task.aggregation().items() if how is mean}
@@ -104,6 +111,7 @@ class LmEvalTask:
                 f"bench.metric={self.metric}: the task {self.task} makes it of all documents at once, and a metric must be the "
                 f"mean over documents: it has {', '.join(sorted(means - others)) or 'none of these'}"
             )
+        return self.metric in means
 
     def _items(self, samples: dict[str, list[dict[str, Any]]]) -> list[Item]:
         """Of a group's tasks one after the other; each document counts once, whichever filter its metric is of."""
