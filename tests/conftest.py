@@ -162,7 +162,9 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, own in metrics.items():
         given = ", ".join(f"{{metric: {metric}}}" for metric in own)
         (folder / f"{name}.yaml").write_text(TASK % (name, folder / "rows.jsonl", given))
-    undeclared = TASK % ("sums_own", folder / "rows.jsonl", "{metric: acc}") + "process_results: !function own.results\n"
+    undeclared = (
+        TASK % ("sums_own", folder / "rows.jsonl", "{metric: acc}") + "process_results: !function own.results\n"
+    )
     (folder / "sums_own.yaml").write_text(undeclared)
     (folder / "own.py").write_text("def results(doc, said):\n    return {'own': float(doc['answer'])}\n")
     return folder

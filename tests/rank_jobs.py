@@ -38,6 +38,7 @@ def everything(own: Ranks, sources: Mapping[str, Path], work: Path) -> None:
     from ssgr.stages.prune import Passing, _prune
     from ssgr.stages.solve import Method
     from ssgr.stages.statistics import _collect
+    from ssgr.store import peak_rss_mib
     from tests.conftest import TINY
     from tests.test_prune import calibration, uniform
 
@@ -62,7 +63,7 @@ def everything(own: Ranks, sources: Mapping[str, Path], work: Path) -> None:
         activations._BATCH_TOKENS = before
     ends = [(c.laddr.ip, c.raddr.ip if c.raddr else None) for c in psutil.Process().net_connections("inet")]
     there = [file.name for file in work.iterdir()]
-    (work / f"rank_{own.rank}.json").write_text(json.dumps([ends, there]))
+    (work / f"rank_{own.rank}.json").write_text(json.dumps([ends, there, peak_rss_mib()]))
 
 
 def last_fails(own: Ranks, how: str) -> None:

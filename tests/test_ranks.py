@@ -63,6 +63,11 @@ def results(work: Path) -> dict[str, object]:
     return out
 
 
+def told_peak(work: Path) -> float:
+    """Host memory of the last prune, as its result tells it."""
+    return float(json.loads((work / "dense" / "prune.json").read_text())["peak_host_mib"])
+
+
 def running(*marks: str) -> list[psutil.Process]:
     """Processes whose command line or environment holds all `marks`."""
     found = []
@@ -111,18 +116,22 @@ def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: p
         work = tmp_path / str(count)
         work.mkdir()
         ranks.run(count, work, "cpu", rank_jobs.everything, sources, work)
+        peaks = []
         for rank in range(count):
-            ends, there = json.loads((work / f"rank_{rank}.json").read_text())
+            ends, there, peak = json.loads((work / f"rank_{rank}.json").read_text())
+            peaks.append(peak)
             assert count == 1 or {ip for pair in ends for ip in pair if ip} <= LOOPBACK, ends
             assert (bool(ends), "meeting" in there) == ((True, True) if count > 1 else (False, False))
         assert not (work / "meeting").exists()
+        assert told_peak(work) == pytest.approx(sum(peaks), rel=0.2), "of the ranks of a host together"
     hosts = tmp_path / "hosts"
     hosts.mkdir()
     (leader, why), joined = on_two_hosts(hosts, "everything", sources, hosts)
     assert leader == 0, why
     assert joined == (1, "ssgr.stages.ranks.Joined")
     for rank in range(2):  # the leader's port too is open at its own address alone
-        ends, _ = json.loads((hosts / f"rank_{rank}.json").read_text())
+        ends, _, peak = json.loads((hosts / f"rank_{rank}.json").read_text())
+        assert told_peak(hosts) == pytest.approx(peak, rel=0.2), "of one host"
         assert ends and {ip for pair in ends for ip in pair if ip} <= LOOPBACK, ends
     one = content(tmp_path / "1")
     assert {name.split("/")[0] for name in one} == {*rank_jobs.JOBS, "collect", "dense"}

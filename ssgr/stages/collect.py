@@ -13,7 +13,6 @@ Shapes: T tokens, I inputs, O outputs.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from ssgr.products import bfloat16_products, native
 from ssgr.pruner import Moments, Statistic
+from ssgr.stages.clock import Clock
 
 if TYPE_CHECKING:
     from ssgr.model.blocks import Matrix  # by name only: sums need no transformers, whose import takes seconds
@@ -128,10 +128,10 @@ class Collector:
     matrices: Mapping[str, Matrix]
     streams: Mapping[str, Stream] = field(default_factory=dict)  # of the batch that is running
     tokens: int | None = None  # of that batch, with padding, where known
-    seconds: float = 0.0  # spent on sums
     owner: dict[str, str] = field(default_factory=dict)  # of each matrix that was heard: whose sums are its own
     sums: dict[tuple[str, str], Sums] = field(default_factory=dict)  # by owner and stream
     last: tuple[Tensor, str] | None = None  # what was heard last in this batch, and whose input it was
+    clock: Clock = field(default_factory=partial(Clock, torch.device("cpu")))  # for the seconds spent on sums
     pause: Callable[[str], None] | None = None  # called before a matrix runs whose inputs were not heard of before
     _linear: int = 0  # matrices that are heard by a hook
     _calls: Counter[str] = field(default_factory=Counter)  # of each of these in this batch
@@ -198,26 +198,29 @@ class Collector:
                 for matrix in linear:
                     matrix.module.requires_grad_(True)
                 out_NTD = forward()
-                start = time.perf_counter()
-                for label, stream in self.streams.items():
-                    norms_N = _norms(out_NTD, stream)
-                    outs = [out for _, out in heard.values()]
-                    grads = torch.autograd.grad(norms_N.sum(), outs, retain_graph=True, allow_unused=True)
-                    for (name, (x, _)), grad in zip(heard.items(), grads, strict=True):
-                        sums = self.sums[name, label]
-                        sums.rows += len(norms_N)
-                        if grad is None:
-                            continue
-                        for g, x_n in zip(_by_row(grad, out_NTD), _by_row(x, out_NTD), strict=True):
-                            assert sums.gradient_OI is not None
-                            sums.gradient_OI += (g.float().T @ x_n.float()).square()
-                self.seconds += time.perf_counter() - start
+                with self.clock.timed("statistics"):
+                    self._add_gradients(out_NTD, heard)
         finally:
             for handle in handles:
                 handle.remove()
             for matrix in linear:
                 matrix.module.requires_grad_(False)
         return out_NTD.detach()
+
+    def _add_gradients(self, out_NTD: Tensor, heard: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Of the layers in `heard`, each with its inputs and outputs."""
+        outs = [out for _, out in heard.values()]
+        for label, stream in self.streams.items():
+            norms_N = _norms(out_NTD, stream)
+            grads = torch.autograd.grad(norms_N.sum(), outs, retain_graph=True, allow_unused=True)
+            for (name, (x, _)), grad in zip(heard.items(), grads, strict=True):
+                sums = self.sums[name, label]
+                sums.rows += len(norms_N)
+                if grad is None:
+                    continue
+                for g, x_n in zip(_by_row(grad, out_NTD), _by_row(x, out_NTD), strict=True):
+                    assert sums.gradient_OI is not None
+                    sums.gradient_OI += (g.float().T @ x_n.float()).square()
 
     def turn(
         self, streams: Mapping[str, Stream], tokens: int, last: tuple[Tensor, str] | None, pause: Callable[[str], None]
@@ -273,13 +276,12 @@ class Collector:
         return hear
 
     def _add(self, owner: str, label: str, x_TI: Tensor, w_T: Tensor | None) -> None:
-        start = time.perf_counter()
-        sums = self.sums.get((owner, label))
-        if sums is None:
-            outputs = self.matrices[owner].shape[0] if self.statistic == "gradient" else 0
-            sums = self.sums[owner, label] = Sums.zero(x_TI.shape[1], self.statistic, x_TI.device, outputs)
-        sums.add(x_TI.detach(), w_T)
-        self.seconds += time.perf_counter() - start
+        with self.clock.timed("statistics"):
+            sums = self.sums.get((owner, label))
+            if sums is None:
+                outputs = self.matrices[owner].shape[0] if self.statistic == "gradient" else 0
+                sums = self.sums[owner, label] = Sums.zero(x_TI.shape[1], self.statistic, x_TI.device, outputs)
+            sums.add(x_TI.detach(), w_T)
 
 
 def _norms(out_NTD: Tensor, stream: Stream) -> Tensor:

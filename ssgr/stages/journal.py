@@ -52,7 +52,7 @@ class Journal:
         found = json.loads(file.read_text())
         if found["source"] != self.source:
             raise changed(self.walk, self.work)
-        self.walk.seconds.update(found.get("seconds", {}))
+        self.walk.clock.begin(found.get("seconds", {}))
         return [[read_layer(one) for one in layers] for layers in found["blocks"]]
 
     def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -74,7 +74,7 @@ class Journal:
         if self.walk.ranks.rank:
             return lambda: None
         values = dict(block.named_parameters())
-        seconds = dict(self.walk.seconds)
+        seconds = self.walk.clock.seconds()
         names = {matrix.parameter: self.walk.full(i, matrix.parameter) for matrix in layers.values()}
         changed = {name: self.walk.exact.get(full, values[name].detach()) for name, full in names.items()}
 

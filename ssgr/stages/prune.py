@@ -131,14 +131,15 @@ def _prune(
             found: dict[str, LayerResult] = {}
             for some, heard in ears.steps(i):
                 found |= solver.block(i, some, heard)
-            with walk.timed("store"):
+            with walk.clock.timed("store"):
                 behind.do(kept.keeping(i, block, layers[i], [found[name] for name in layers[i]]))
             ears.pass_on(i)
             behind.wait()  # two blocks are in memory, this one and the next: never a third
             progress.step()
     kept.finish()
+    peaks = own.every(_peaks(walk.device))
     if own.rank == 0:
-        files.write_json(work / RESULT, to_json(_result(walk, method, passing.propagate, kept)))
+        files.write_json(work / RESULT, to_json(_result(walk, method, passing.propagate, kept, peaks)))
 
 
 class _Ears:
@@ -178,11 +179,11 @@ class _Ears:
         if self.statistic == "none" or not self.layers[i]:
             return {}, {}
         assert self.stored is not None
-        with self.walk.timed("load"):
+        with self.walk.clock.timed("load"):
             return self.stored.block(i, self.walk.device, self.statistic == "gram")
 
     def _listened(self, i: int) -> Heard:
-        collector = Collector(self.statistic, self.layers[i])
+        collector = Collector(self.statistic, self.layers[i], clock=self.walk.clock)
         with collector.listening():
             self.walk.listen(i, self.batches, collector)
         self.walk.ranks.add_up(collector, self.walk.device)
@@ -233,14 +234,23 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
                 )
 
 
-def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -> PruneResult:
+def _peaks(device: torch.device) -> tuple[float, float | None]:
+    """The largest memory of this process, and what it took of its GPU, in MiB."""
+    return peak_rss_mib(), torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else None
+
+
+def _result(
+    walk: Walk, method: Method, propagate: str, kept: journal.Journal, peaks: Sequence[tuple[float, float | None]]
+) -> PruneResult:
     layers = [layer for found in kept.done for layer in found]
     sizes = [layer.shape[0] * layer.shape[1] for layer in layers]
     each = [layer.sparsity * size for layer, size in zip(layers, sizes, strict=True)]
     zeros, name = sum(each), output_layer(walk.model)
     head = sum(n for layer, n in zip(layers, each, strict=True) if layer.name == name)
     whole = sum(p.numel() for p in walk.model.parameters())  # those that are tied count once
-    cuda = walk.device.type == "cuda"
+    spent = walk.clock.seconds(whole=True)
+    here = walk.ranks.here  # those of a host lie together
+    hosts = [sum(mib for mib, _ in peaks[first : first + here]) for first in range(0, len(peaks), here)]
     blind = method.pruner.statistic == "none"
     return PruneResult(
         pruner=method.pruner.name,
@@ -251,9 +261,9 @@ def _result(walk: Walk, method: Method, propagate: str, kept: journal.Journal) -
         sparsity_model=(zeros - head) / (whole - embeddings(walk.model)),
         sparsity_with_embeddings=zeros / whole,
         unseen=0 if blind else sum(layer.tokens == 0 for layer in layers),
-        seconds={what: walk.seconds[what] for what in ("load", "forward", "statistics", "solve", "store")},
-        peak_host_mib=peak_rss_mib(),
-        peak_device_mib=torch.cuda.max_memory_allocated(walk.device) / 2**20 if cuda else None,
+        seconds={what: spent.get(what, 0.0) for what in ("load", "forward", "statistics", "solve", "store")},
+        peak_host_mib=max(hosts),
+        peak_device_mib=max((mib for _, mib in peaks if mib is not None), default=None),
         layers=tuple(layers),
         checkpoint=CHECKPOINT,
     )

@@ -76,8 +76,7 @@ class Ranks:
         if self.count == 1:
             return
         own = {key: sums.shape for key, sums in collector.sums.items()}
-        every: list[Any] = [None] * self.count
-        dist.all_gather_object(every, (own, collector.owner))
+        every = self.every((own, collector.owner))
         shapes = {key: shape for sizes, _ in every for key, shape in sizes.items()}
         collector.owner = {name: owner for _, owners in every for name, owner in owners.items()}
         for key in sorted(shapes):
@@ -109,6 +108,13 @@ class Ranks:
         box = [what]
         dist.broadcast_object_list(box, owner)
         return box[0]
+
+    def every(self, what: Any) -> list[Any]:
+        """`what` of every rank, on every rank."""
+        out = [what] * self.count
+        if self.count > 1:
+            dist.all_gather_object(out, what)
+        return out
 
     def meet(self) -> None:
         """Wait until every rank is here."""

@@ -48,7 +48,7 @@ class Solver:
         groups = sharing(list(layers), owner)
         costs = [float(sum(layers[n].shape[0] * layers[n].shape[1] ** 2 for n in group)) for group in groups]
         found: dict[str, LayerResult] = {}
-        with self.walk.timed("solve"):
+        with self.walk.clock.timed("solve"):
             dealt = list(zip(groups, self.ranks.deal(costs), strict=True))
             for group, rank in dealt:
                 if rank == self.ranks.rank:
@@ -80,13 +80,13 @@ class Solver:
                     f"{names[0]}: what enters it holds NaN or infinity on the calibration rows; {self.walk.remedy}"
                 )
         pruned = self._pruned(before, seen, targets, names)
-        each = (time.perf_counter() - start) / len(group)
+        dtypes = [self.walk.layout.dtype(self.walk.full(i, matrix.parameter)) for matrix in group]
+        rounded = [_rounded(new.w_OI, dtype, full) for new, dtype, full in zip(pruned, dtypes, names, strict=True)]
+        each = (time.perf_counter() - start) / len(group)  # a GPU is done, since their numbers were looked at
         out = {}
-        each_one = zip(group, names, stored, before, pruned, targets, strict=True)
-        for matrix, full, stored_OI, old_OI, new, target in each_one:
-            dtype = self.walk.layout.dtype(self.walk.full(i, matrix.parameter))
-            w_OI = _rounded(new.w_OI, dtype, full)
-            if dtype == torch.float64:  # solved in float32: what was only kept stays as it was
+        each_one = zip(group, names, stored, before, pruned, rounded, targets, strict=True)
+        for matrix, full, stored_OI, old_OI, new, w_OI, target in each_one:
+            if w_OI.dtype == torch.float64:  # solved in float32: what was only kept stays as it was
                 w_OI = torch.where((w_OI == old_OI) & (w_OI != 0), stored_OI.to(w_OI.device), w_OI)
             self.walk.replace(i, matrix, w_OI)
             new_OI = w_OI.float()

@@ -182,7 +182,7 @@ def _pass(
             if i < done:
                 walk.advance(i, batches)
                 continue
-            collector = Collector(statistic, layers[i])
+            collector = Collector(statistic, layers[i], clock=walk.clock)
             with collector.listening():
                 walk.advance(i, batches, collector)
             ranks.add_up(collector, walk.device)

@@ -31,7 +31,7 @@ class Owners:
         """For each matrix of block `i` the first one that has the same inputs."""
         kind = tuple(layers)
         if kind not in self._known:
-            collector = Collector("norm", layers)
+            collector = Collector("norm", layers, clock=self.walk.clock)
             if batches:
                 with collector.listening():
                     self.walk.listen(i, batches[:1], collector)
@@ -48,13 +48,13 @@ def steps(
     Raises:
         ValueError: an output is not finite, a matrix runs twice, or matrices that had the same inputs before have others now.
     """
-    collector = Collector(statistic, layers, owner=dict(owner))
+    collector = Collector(statistic, layers, owner=dict(owner), clock=walk.clock)
     paused = [_Paused(partial(batch.through, walk.blocks[i], i, walk.device), batch, collector) for batch in batches]
     groups = {owner.get(group[0], group[0]): group for group in sharing(list(layers), owner)}
     try:
         with collector.listening():
             while True:
-                with walk.timed("forward"):
+                with walk.clock.timed("forward"):
                     for one in paused:
                         one.resume()
                 at = walk.ranks.tell({one.at for one in paused}, 0)
@@ -75,7 +75,6 @@ def steps(
             yield {name: layers[name] for name in names}, ({}, {})
         walk.keep(i, ((one.batch, one.out) for one in paused))
     finally:
-        walk.count(collector)
         for one in paused:
             one.stop()
         collector.pause = collector.last = None  # they hold the last batch, which holds them

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
 from ssgr.products import finite, native
 from ssgr.stages.activations import Batch, Passage, first_inputs
+from ssgr.stages.clock import Clock
 from ssgr.stages.collect import Collector
 from ssgr.stages.ranks import Ranks
 
@@ -28,7 +26,7 @@ _CONFIGURED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 
 
 class Walk:
-    """The decoder of `model`, block by block; `seconds` are those spent waiting for weights and running blocks.
+    """The decoder of `model`, block by block; its `clock` counts what is spent on waiting for weights and on running blocks.
 
     Where `include` names the output layer, in full, what follows the blocks, up to it, comes after them as if it were one more.
     """
@@ -45,7 +43,7 @@ class Walk:
         if self.device.type == "cpu" and self.dtype == torch.bfloat16 and native(self.dtype):
             attend_causally(self.model)
         self.exact: dict[str, Tensor] = {}  # parameters of the block at hand as stored, where its own are rounded
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.clock = Clock(self.device)
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -79,7 +77,7 @@ class Walk:
         with ThreadPoolExecutor(1) as pool:
             coming: list[Future[dict[str, Tensor]]] = [pool.submit(read, i) for i in which[:1]]
             for n, i in enumerate(which, 1):
-                with self.timed("load"):
+                with self.clock.timed("load"):
                     full = self.names(i)
                     for name, value in coming.pop().result().items():
                         put(self.blocks[i], name, self._placed(full[name], value))
@@ -121,7 +119,7 @@ class Walk:
         for name, buffer in self.model.named_buffers():
             put(self.model, name, buffer.to(self.device))
         try:
-            with self.timed("forward"):
+            with self.clock.timed("forward"):
                 return first_inputs(self.model, self.decoder, rows, self.device, file, self.ranks.mine)
         finally:
             for name, parameter in before.items():
@@ -134,27 +132,19 @@ class Walk:
         Raises:
             ValueError: its output is not finite.
         """
-        with self.timed("forward"):
+        with self.clock.timed("forward"):
             runs = ((batch, partial(batch.through, self.blocks[i], i, self.device)) for batch in batches)
             if collector is None:
                 self.keep(i, ((batch, run()) for batch, run in runs))
             else:
                 self.keep(i, ((batch, collector.run(run, batch.streams, True, batch.tokens)) for batch, run in runs))
-        if collector is not None:
-            self.count(collector)
 
     def listen(self, i: int, batches: Sequence[Batch], collector: Collector) -> None:
         """Pass the rows through block `i` only as far as `collector` hears something."""
-        with self.timed("forward"):
+        with self.clock.timed("forward"):
             for batch in batches:
                 run = partial(batch.through, self.blocks[i], i, self.device)
                 collector.run(run, batch.streams, False, batch.tokens)
-        self.count(collector)
-
-    def count(self, collector: Collector) -> None:
-        """Count the seconds of `collector`, which fell into those of the forward pass, as its own."""
-        self.seconds["forward"] -= collector.seconds
-        self.seconds["statistics"] += collector.seconds
 
     def keep(self, i: int, outputs: Iterable[tuple[Batch, Tensor | None]]) -> None:
         """Let the outputs of block `i` be what enters the next.
@@ -176,13 +166,6 @@ class Walk:
         if self.dtype in (torch.float16, torch.bfloat16):
             return "type model.dtype=float32"
         return "they overflow in float32, so the checkpoint is damaged: use another copy"
-
-    @contextmanager
-    def timed(self, what: str) -> Iterator[None]:
-        """Count the seconds spent inside as `what`."""
-        start = time.perf_counter()
-        yield
-        self.seconds[what] += time.perf_counter() - start
 
     def _placed(self, name: str, value: Tensor) -> Tensor:
         return value.to(self.device, self.layout.run_dtype(name, self.dtype) if value.is_floating_point() else None)
