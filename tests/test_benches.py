@@ -117,13 +117,33 @@ def test_options_are_shuffled_by_seed_and_problem() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [({"q": "?", "c": ["a", "b"], "answer": "C"}, "none of them"), ({"q": "?", "c": [], "answer": 0}, "0 choices"),
-     ({"q": "?", "c": ["a", "b"], "answer": None}, "no answer in column 'answer'"), ({"c": ["a"], "answer": 0}, "no question")],
+     ({"q": "?", "c": ["a", "b"], "answer": None}, "no answer in column 'answer'"), ({"c": ["a"], "answer": 0}, "no question"),
+     ({"q": "?", "c": "['0', '4']", "answer": 1}, r"row 7: choices in column 'c' are no list but .*; its columns are q, c, answer"),
+     ({"q": "?", "answer": 1}, "are no list but None")],
 )  # fmt: skip
 def test_bad_choices_are_named(row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         Columns("q", choices="c").problem(row, 7, "s")
     with pytest.raises(ValueError, match=r"it has no \{question\}"):
         Columns(prompt="hello")
+
+
+def test_options_in_columns_of_their_own_may_be_zero_or_lacking_but_for_the_right_one() -> None:
+    columns = Columns("q", choices=["r", "x", "y", "z"])
+    zero = columns.problem({"q": "?", "r": 0, "x": 1, "y": None, "z": " "}, 1, "s")
+    assert (zero.answer, zero.question) == ("A", "?\n\nA. 0\nB. 1")
+    with pytest.raises(ValueError, match=r"s, row 3: the right option, in column \['r'\], is empty"):
+        columns.problem({"q": "?", "r": "", "x": "1", "y": "2", "z": "3"}, 3, "s")
+
+
+def test_options_with_labels_are_read_as_in_arc() -> None:
+    options = {"text": ["ice", "fire", "sand"], "label": ["1", "2", "3"]}
+    read = Columns("question", "answerKey", choices="choices").problem(
+        {"question": "What burns?", "choices": options, "answerKey": "2"}, 1, "s"
+    )
+    assert (read.answer, read.question) == ("B", "What burns?\n\nA. ice\nB. fire\nC. sand")
+    options["label"] = ["A", "B", "C"]
+    assert Columns("q", "a", choices="c").problem({"q": "?", "c": options, "a": "C"}, 1, "s").answer == "C"
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="the collected problems (shared/data) are not beside this checkout")

@@ -43,6 +43,16 @@ def test_what_is_the_same(one: str, other: str, same: bool) -> None:
     assert bool(hits(one, other)) == bool(hits(other, one)) == same
 
 
+def test_options_in_another_order_are_the_same_problem() -> None:
+    rows = [{"q": f"What is {i}?", "c": ["one", "two", "three", "four"], "answer": i % 4} for i in range(40)]
+    first, other = (
+        [Columns("q", choices="c", shuffle=seed).problem(row, n, "s") for n, row in enumerate(rows)] for seed in (0, 1)
+    )
+    assert sum(a.question != b.question for a, b in zip(first, other, strict=True)) > 30
+    found = Decontaminate().hits(first, other)
+    assert [(hit.id, hit.benchmark_id, hit.why) for hit in found] == [(p.id, p.id, "the same text") for p in other]
+
+
 def test_the_options() -> None:
     near = LONG.replace("Natalia", "Maria")
     assert not hits(LONG, near, ngram=None)

@@ -28,8 +28,9 @@ class _BadRow(ValueError):
 class Columns:
     """Which column holds what; a column that a source lacks is null.
 
-    Multiple choice: `choices` is the column that lists the options, and the answer a letter or a number from 0; or it names
-    the columns that hold one option each, the right one first. They are shown as A., B., ... in an order of their own for
+    Multiple choice: `choices` is the column that lists the options, and the answer a letter or a number from 0, or one of
+    the labels where they have some, as in ARC; or it names the columns that hold one option each, the right one first, of
+    which the others may be empty. They are shown as A., B., ... in an order of their own for
     each problem, drawn with the seed `shuffle` (null: as they stand). What is asked is `prompt` with the question in it.
 
     Raises:
@@ -62,14 +63,16 @@ class Columns:
         for role in ("question", "answer") if own else ("question",):
             if _blank(row.get(getattr(self, role))):
                 raise self._lacks(role, row, f"{source}, row {number}")
-        question = str(row[self.question])
+        question = bare = str(row[self.question])
         solution = row.get(self.solution) if self.solution else None
         if self.choices is None:
             gold = row[self.answer]
             answer = ", ".join(map(str, gold)) if isinstance(gold, list) else str(gold)
         else:
-            shown, answer = self._options(row, question, f"{source}, row {number}")
+            options, right = self._options(row, f"{source}, row {number}")
+            shown, answer = self._shown(options, right, question)
             question = f"{question}\n\n{shown}"
+            bare = "\n".join((bare, *sorted(options)))  # in whatever order they are shown, it is the same
         if self.answer_after and self.answer_after in answer:
             answer = answer.rsplit(self.answer_after, 1)[1].strip()
             solution = solution and str(solution).rsplit(self.answer_after, 1)[0].strip()
@@ -78,7 +81,7 @@ class Columns:
         return Problem(
             id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{before + number}",
             question=self.prompt.replace("{question}", question),
-            bare=question,
+            bare=bare,
             answer=answer,
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
@@ -91,25 +94,45 @@ class Columns:
             f"Type problems.columns.{role}=COLUMN, or mend the row"
         )
 
-    def _options(self, row: Mapping[str, Any], question: str, where: str) -> tuple[str, str]:
-        """The options as they are shown, and the letter of the right one."""
+    def _options(self, row: Mapping[str, Any], where: str) -> tuple[list[str], int]:
+        """The options, and which of them is right."""
+        right = 0
         if isinstance(self.choices, str):
-            options, given = [str(one) for one in row.get(self.choices) or ()], str(row[self.answer]).strip()
+            listed, labels = row.get(self.choices), None
+            if isinstance(listed, Mapping):  # as ARC has them
+                listed, labels = listed.get("text"), listed.get("label")
+            if not isinstance(listed, (list, tuple)):
+                raise _BadRow(
+                    f"{where}: choices in column {self.choices!r} are no list but {listed!r:.60}; its columns are "
+                    f"{', '.join(row)}. Type problems.columns.choices=COLUMN, or '[COLUMN,COLUMN,...]' with the right one first"
+                )
+            options, given = [str(one) for one in listed], str(row[self.answer]).strip()
             right = ord(given.upper()) - ord("A") if given.isalpha() and len(given) == 1 else -1
             right = int(given) if given.isdigit() else right
+            right = labels.index(given) if labels and given in labels else right
         else:
-            options, right = [str(row[name]).strip() for name in self.choices or () if row.get(name)], 0
+            names = list(self.choices or ())
+            if _blank(row.get(names[0]) if names else None):
+                raise _BadRow(
+                    f"{where}: the right option, in column {names[:1]}, is empty; its columns are {', '.join(row)}. Type "
+                    "problems.columns.choices='[COLUMN,COLUMN,...]' with the right one first, or mend the row"
+                )
+            options = [str(row[name]).strip() for name in names if not _blank(row.get(name))]
         if not 0 <= right < len(options) or len(options) < 2:
             raise _BadRow(
                 f"{where}: {len(options)} choices in {self.choices!r}, and the answer is none of them; type "
                 "problems.columns.choices=COLUMN, or mend the row"
             )
+        return options, right
+
+    def _shown(self, options: Sequence[str], right: int, question: str) -> tuple[str, str]:
+        """The options as they are shown, and the letter of the right one."""
         order = list(range(len(options)))
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{question}").shuffle(order)
         letters = [chr(ord("A") + n) for n in range(len(options))]
-        shown = "\n".join(f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
-        return shown, letters[order.index(right)]
+        lines_ = (f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
+        return "\n".join(lines_), letters[order.index(right)]
 
 
 def _blank(value: object) -> bool:
