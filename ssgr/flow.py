@@ -104,7 +104,7 @@ class Flow:
             config = whole if shard is None else {**whole, "shard": shard}
 
             def make(work: Path) -> None:
-                earlier = lambda: self._earlier(config, inputs)
+                earlier = lambda: self._earlier(config, inputs) if engine.draws else ()
                 asked = read if shard is None else read[part(shard)]
                 how = (asked, engine, decoding, work, name, earlier)
                 sample.sample(self._at(pruned), self.tokenizer, self.prompt_ids, *how)

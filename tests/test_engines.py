@@ -6,6 +6,7 @@ import importlib.util
 import json
 import queue
 import re
+import shutil
 import signal
 import socket
 import threading
@@ -318,6 +319,18 @@ def test_a_stop_token_is_what_the_generation_config_names(tokenizer: PreTrainedT
         traces = ask(url, tokenizer, checkpoint=Loaded(model))
     assert {trace.generated_ids[-1] for trace in traces} == {often}
     assert not any(often in trace.generated_ids[:-1] for trace in traces)
+
+
+def test_stop_tokens_are_those_of_the_config_where_there_is_no_generation_config(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(TINY.files(), folder)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [1, 7]}))
+    model = replace(TINY, path=str(folder))
+    assert stop_ids(model.generation(), tokenizer) == stop_ids(model.load().generation_config, tokenizer) == {1, 7}
 
 
 def test_a_response_that_was_not_finished_is_asked_for_again(

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ssgr import pipeline
+from ssgr.keys import digest
 from ssgr.measure import Measure
 from ssgr.measure.perplexity import Perplexity
 from ssgr.measure.tasks import LmEvalTask, known
@@ -132,6 +133,18 @@ def test_a_metric_of_all_documents_at_once_is_refused_before_the_model_is_loaded
     unused: Any = None
     with pytest.raises(ValueError, match=rf"bench.metric={metric}: the task sums_of_all makes it of .*: it has acc$"):
         LmEvalTask("sums", "sums_of_all", metric, folder=str(sums)).measure(unused, tokenizer, ())
+
+
+def test_tasks_of_your_own_are_keyed_by_what_they_hold(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.yaml").write_text("task: t\n")
+    own = lambda folder: digest(LmEvalTask("t", "t", "acc", folder=str(folder)))
+    first = own(tmp_path / "one")
+    assert first == own(tmp_path / "other") == own(f"{tmp_path}/one/")
+    (tmp_path / "one" / "t.yaml").write_text("task: t\nnum_fewshot: 5\n")
+    assert own(tmp_path / "one") != first
+    assert digest(LmEvalTask("t", "t", "acc", batch_size=3)) == digest(LmEvalTask("t", "t", "acc")) != first
 
 
 @pytest.mark.xdist_group("lm_eval")

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -14,8 +16,9 @@ from scipy import stats
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ssgr.flow import Flow
 from ssgr.problems.arithmetic import ArithmeticProblems
-from ssgr.records import Trace
+from ssgr.records import Problem, Trace
 from ssgr.sampler import Decoding, Request, stop_ids
 from ssgr.sampler.batch import decode
 from ssgr.sampler.hf import HfSampler
@@ -23,6 +26,7 @@ from ssgr.sampler.nucleus import pick
 from ssgr.sampler.replay import ReplaySampler
 from ssgr.stages import sample as sampling
 from ssgr.stages.sample import sample, spent
+from ssgr.store import Store
 from ssgr.tables import read_traces, write_traces
 from tests.conftest import TINY, Loaded, random_model
 
@@ -224,6 +228,48 @@ def test_replay_gives_back_what_was_saved(suffix: str, tmp_path: Path, tokenizer
     file, traces = saved(tmp_path, suffix)
     rows = [Request(t.problem_id, t.attempt, (7,)) for t in traces]
     assert list(ReplaySampler(str(file)).sample(TINY, tokenizer, rows, SAMPLING)) == [traces]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [({"generated_ids": "text"}, "generated_ids is 'text'; give a list of token ids"),
+     ({"generated_ids": ["a"]}, r'generated_ids is "\[\'a\'\]"; give a list'), ({"prompt_ids": [1.5]}, "prompt_ids is"),
+     ({"attempt": "first"}, "attempt is 'first'; give a whole number")],
+)  # fmt: skip
+def test_a_replayed_row_that_is_no_trace_is_named(
+    wrong: dict[str, Any], said: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    good = {"problem_id": "a", "attempt": 0, "generated_ids": [5], "finish": "stop"}
+    file = tmp_path / "traces.jsonl"
+    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "attempt": 1, **wrong}))
+    with pytest.raises(ValueError, match=rf"^traces.jsonl, row 2: {said}"):
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], SAMPLING))
+
+
+def test_replayed_traces_of_other_prompts_are_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, traces = saved(tmp_path, ".jsonl")
+    same = [Request(t.problem_id, t.attempt, t.prompt_ids) for t in traces]
+    list(ReplaySampler(str(file)).sample(TINY, tokenizer, same, SAMPLING))
+    assert not caplog.records
+    list(ReplaySampler(str(file)).sample(TINY, tokenizer, [replace(same[0], prompt_ids=(7,)), *same[1:]], SAMPLING))
+    assert f"1 of {len(traces)} traces answer prompts that are not those of these problems now" in caplog.text
+
+
+def test_replay_takes_saved_traces_whole_whatever_was_replayed_before(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Ours are not cut at the cap, neither when a part was replayed before."""
+    ids = TINY.prompt_ids(tokenizer, "1+1?")
+    traces = [Trace(f"p{i}", 0, ids, (5,) * 40, "stop", 0) for i in range(4)]
+    write_traces(tmp_path / "saved.parquet", traces)
+    problems: Any = SimpleNamespace(read=lambda split: [Problem(f"p{i}", "1+1?", "2", "test") for i in range(4)])
+    for shard in ("1/2", None):
+        x: Any = SimpleNamespace(model=TINY, shard=shard)
+        how = (ReplaySampler(str(tmp_path / "saved.parquet")), Decoding(1, 0.6, 0.95, 8, 0), None)
+        made, _ = Flow(x, Store(tmp_path / "store")).sampled("sample", problems, "calibration", *how)
+    assert [(len(t.generated_ids), t.finish) for t in read_traces(made.path / "traces.parquet")] == [(40, "stop")] * 4
 
 
 def test_replay_names_the_first_missing_attempt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

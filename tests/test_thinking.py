@@ -221,6 +221,12 @@ def test_one_bos_whatever_tokenizer_and_template_add() -> None:
         TINY.prompt_ids(byte_tokenizer(template="{{ bos_token }}{{ bos_token }}" + CHATML), "Q")
 
 
+def test_prompts_are_the_same_every_day() -> None:
+    """Templates such as Llama 3.2's print the date: traces of two days would answer different prompts."""
+    tokenizer = byte_tokenizer(template="{{ strftime_now('%d %b %Y') }}" + CHATML)
+    assert tokenizer.decode(TINY.prompt_ids(tokenizer, "Q")).startswith("01 Jan 2025")
+
+
 @pytest.mark.parametrize(
     ("template", "right"),
     [

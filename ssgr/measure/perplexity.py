@@ -51,8 +51,8 @@ class Perplexity:
     def key_content(self) -> object:
         """The text is keyed by what it holds."""
         if self.text is None:
-            return {"windows": self.windows}
-        rest = (self.window, self.windows, self.column, self.subset, self.split, self.revision)
+            return {"name": self.name, "windows": self.windows}
+        rest = (self.name, self.window, self.windows, self.column, self.subset, self.split, self.revision)
         return {"text": self._text.key_content(), "rest": rest}
 
     @property

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -41,6 +43,11 @@ class LmEvalTask:
     unsafe_code: bool = False
     batch_size: int = field(default=8, metadata={"key": False})
     traces: ClassVar[Any] = None
+
+    def key_content(self) -> object:
+        """Task files of your own are keyed by what they hold."""
+        kept = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("key", True)}
+        return {**kept, "folder": _sums(Path(self.folder).expanduser()) if self.folder else None}
 
     def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
         """The metric of each document.
@@ -131,6 +138,12 @@ class LmEvalTask:
                 f"bench.metric={self.metric}: the task {self.task} has {', '.join(sorted(there)) or 'no documents'}"
             )
         return list(items.values())
+
+
+def _sums(folder: Path) -> list[tuple[str, str]]:
+    """The files of `folder` and their SHA-256, without what Python compiles."""
+    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+    return [(str(file.relative_to(folder)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in found]
 
 
 def _tasks(found: dict[Any, Any]) -> list[Any]:

@@ -8,7 +8,9 @@ import json
 import logging
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -34,6 +36,7 @@ from ssgr.thinking import Thinking
 
 _PACKAGED = "pkg://"
 _READ_ALWAYS = 1 << 28  # bytes, which take less than a second: checksums of larger files are remembered
+_TODAY = {"strftime_now": datetime(2025, 1, 1).strftime}  # for templates that print it: prompts are the same every day
 _log = logging.getLogger("ssgr")
 
 
@@ -162,11 +165,13 @@ class Model:
         return cast(PreTrainedModel, on_device.eval())
 
     def generation(self) -> GenerationConfig | None:
-        """Its generation config, without loading it; None if there is none to be had."""
-        try:
+        """Its generation config, without loading it, or what its config says of generation, as transformers has it; None if
+        there is neither."""
+        with suppress(OSError):
             return GenerationConfig.from_pretrained(*self._source, revision=self.revision or "main")
-        except OSError:
-            return None
+        with suppress(OSError):
+            return GenerationConfig.from_model_config(AutoConfig.from_pretrained(*self._source, **self._how))
+        return None
 
     def torch_device(self) -> torch.device:
         """Where it runs.
@@ -214,7 +219,8 @@ class Model:
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": question})
         try:
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **self.chat)
+            how: dict[str, Any] = {**_TODAY, **self.chat}
+            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
             given = _gives_the_turn(tokenizer, self.system, json.dumps(dict(self.chat), default=str))
         except TemplateError as error:
             raise ValueError(
@@ -240,7 +246,7 @@ def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat
     """Whether a prompt ends where the answer begins: its template adds a generation prompt, or needs none (Mistral's)."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "Question."})
-    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(chat))
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **{**_TODAY, **json.loads(chat)})
     prompt, without = (str(render(turns, add_generation_prompt=on)) for on in (True, False))
     if prompt != without:
         return True

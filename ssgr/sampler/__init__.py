@@ -71,6 +71,7 @@ class Sampler(Protocol):
     """An engine that answers prompts; it yields traces batch by batch, so that a killed run loses one batch."""
 
     runs_model: ClassVar[bool]  # the checkpoint it is given; else its traces are of whatever it was pointed at
+    draws: ClassVar[bool]  # up to the cap, and may go on with what was cut; else its traces are saved ones, as they are
 
     def sample(
         self,

@@ -20,6 +20,7 @@ class HfSampler:
     """The transformers engine; `batch_size` rows are decoded together, on a processor by `workers` processes."""
 
     runs_model: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     batch_size: int = field(metadata={"key": False})
     workers: int | None = field(default=None, metadata={"key": False})
 

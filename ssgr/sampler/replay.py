@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class ReplaySampler:
     """
 
     runs_model: ClassVar[bool] = False
+    draws: ClassVar[bool] = False
     path: str
     on_policy: bool = False
     allow_retokenise: bool = False
@@ -66,6 +68,7 @@ class ReplaySampler:
                 raise ValueError(
                     f"{Path(self.path).name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(kind)}"
                 )
+            _check(row, f"{Path(self.path).name}, row {number}")
         if kind is _OWN:
             find = self._by_name(rows, requests)
         else:
@@ -76,6 +79,11 @@ class ReplaySampler:
                 )
             find = self._by_prompt(rows, kind, tokenizer, requests, decoding)
         traces = [find(r) for r in requests]
+        if other := sum(t.prompt_ids != r.prompt_ids for t, r in zip(traces, requests, strict=True)):
+            _log.warning(
+                "%s: %d of %d traces answer prompts that are not those of these problems now: see that they are of these "
+                "problems, by whose answers they are graded", self.path, other, len(traces),
+            )  # fmt: skip
         for trace in traces:
             if not all(0 <= i < len(tokenizer) for i in (*trace.prompt_ids, *trace.generated_ids)):
                 raise ValueError(
@@ -148,6 +156,17 @@ class ReplaySampler:
             return Trace(r.problem_id, r.attempt, r.prompt_ids, ids, "stop" if stopped else "length", 0, self.on_policy)
 
         return find
+
+
+def _check(row: _Saved, where: str) -> None:
+    for name in ("prompt_ids", "generated_ids", "input_ids"):
+        ids = row.get(name)
+        if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
+            raise ValueError(f"{where}: {name} is {str(ids)[:60]!r}; give a list of token ids")
+    for name in ("attempt", "seed", "num_prompt_tokens", "completion_tokens"):
+        number = row.get(name)
+        if number is not None and not re.fullmatch(r"-?\d+", str(number)):
+            raise ValueError(f"{where}: {name} is {str(number)[:60]!r}; give a whole number")
 
 
 def _file(name: str) -> Path:

@@ -51,6 +51,7 @@ class ServerSampler:
     """
 
     runs_model: ClassVar[bool] = False
+    draws: ClassVar[bool] = True
     url: str = field(metadata={"key": False})
     served: str | None = None
     allow_retokenise: bool = False

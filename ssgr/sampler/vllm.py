@@ -39,6 +39,7 @@ class VllmSampler:
     """
 
     runs_model: ClassVar[bool] = True
+    draws: ClassVar[bool] = True
     tensor_parallel: int = field(default=1, metadata={"key": False})
     data_parallel: int = field(default=1, metadata={"key": False})
     batch_size: int = field(default=256, metadata={"key": False})

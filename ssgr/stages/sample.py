@@ -24,7 +24,7 @@ from ssgr.stages import heap
 from ssgr.tables import read_traces, write_traces
 
 _log = logging.getLogger("ssgr")
-VERSION = 2
+VERSION = 3
 TRACES, SPENT = "traces.parquet", "spent.json"
 _REMEDY = "type a smaller sampler.engine.batch_size, or bench.engine.batch_size"  # where memory ended
 
