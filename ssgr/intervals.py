@@ -5,6 +5,7 @@ Shapes: P problems, G attempts, D draws of calibration sets, S seeds, B resample
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from math import comb, sqrt
@@ -17,6 +18,7 @@ RESAMPLES = 10_000
 TINY = 1e-12  # a difference below this is rounding
 _COLUMNS = 512  # columns that are resampled together
 _ENTRIES = 2**20  # counts that are held at once
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _RIGHT = "\0right"  # one name for all ways to write the right answer
 
 
@@ -24,12 +26,19 @@ def wilson(right_PG: NDArray[np.float64]) -> tuple[float, float]:
     """95 % interval of the mean of (P, G) outcomes: Wilson's score interval at the effective sample size.
 
     The effective size is p (1 - p) / var, with var the between-problem variance of the mean, so that attempts at one
-    problem are not taken for independent evidence; at p = 0 or 1 it is the number of problems.
+    problem are not taken for independent evidence. As var is itself of P problems only, the size is scaled by the squared
+    ratio of the t quantiles of P G - 1 and P - 1 degrees of freedom, and it is never above P G (Korn and Graubard 1998,
+    Survey Methodology 24). At p = 0 or 1 it is the number of problems.
     """
+    from scipy.special import stdtrit
+
     mean_P = right_PG.mean(axis=1)
     problems, p = len(mean_P), float(mean_P.mean())
     variance = float(mean_P.var(ddof=1)) / problems if problems > 1 else 0.0
-    n = p * (1 - p) / variance if variance > 0 and 0 < p < 1 else float(problems)
+    n = float(problems)
+    if variance > 0 and 0 < p < 1:
+        wider = stdtrit(right_PG.size - 1, 0.975) / stdtrit(problems - 1, 0.975)
+        n = min(float(right_PG.size), p * (1 - p) / variance * float(wider) ** 2)
     centre = (p + Z95**2 / (2 * n)) / (1 + Z95**2 / n)
     half = Z95 / (1 + Z95**2 / n) * sqrt(p * (1 - p) / n + Z95**2 / (4 * n**2))
     return max(0.0, centre - half), min(1.0, centre + half)
@@ -148,7 +157,7 @@ def majority(answers: Sequence[str | None], right: Sequence[bool]) -> float:
     thousands separators.
     """
     pairs = zip(answers, right, strict=True)
-    plain = [_RIGHT if ok else "".join(a.replace(",", "").split()) for a, ok in pairs if a is not None]
+    plain = [_RIGHT if ok else "".join(_THOUSANDS.sub("", a).split()) for a, ok in pairs if a is not None]
     votes = Counter(plain)
     if not votes:
         return 0.0

@@ -98,9 +98,10 @@ class Columns:
         """The options, and which of them is right."""
         right = 0
         if isinstance(self.choices, str):
-            listed, labels = row.get(self.choices), None
+            listed: Any = row.get(self.choices)
+            labels: Any = None
             if isinstance(listed, Mapping):  # as ARC has them
-                listed, labels = listed.get("text"), listed.get("label")
+                labels, listed = listed.get("label"), listed.get("text")
             if not isinstance(listed, (list, tuple)):
                 raise _BadRow(
                     f"{where}: choices in column {self.choices!r} are no list but {listed!r:.60}; its columns are "
