@@ -200,7 +200,7 @@ class Flow:
             return []
         hits: list[Hit] = []
         for bench in x.sampled_benches:
-            found = x.decontaminate.hits(problems, (bench.problems or x.problems).read("test"))
+            found = x.decontaminate.hits(problems, bench.asks(x.problems).read("test"))
             if found:
                 _log.warning(
                     "%d of %d calibration problems are in the benchmark and are left out, the first is %s (%s of %s: %s)",
@@ -274,7 +274,7 @@ class Flow:
         """What the dense or the pruned model is worth on a benchmark."""
         if not isinstance(bench, evaluate.Bench):
             return self._measured(name, bench, pruned)
-        problems = bench.problems or self.x.problems
+        problems = bench.asks(self.x.problems)
         at = f"{name}.{bench.name}"
         sampled, read = self.sampled(f"sample_{at}", problems, "test", bench.engine, bench.decoding, pruned)
         graded = self.graded(f"grade_{at}", sampled, read, bench.grader or self.x.grader)
@@ -311,7 +311,7 @@ class Flow:
         inputs = {"prune": pruned.key} if pruned else {}
         traces: Artefact | None = None
         if (bench := measure.traces) is not None:
-            on = bench.problems or self.x.problems
+            on = bench.asks(self.x.problems)
             at = f"sample_dense.{measure.name}"
             traces, _ = self.sampled(at, on, "test", bench.engine, bench.decoding, None)
             inputs["sample"] = traces.key

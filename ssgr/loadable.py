@@ -10,7 +10,17 @@ if TYPE_CHECKING:
 
 
 class Loadable(Protocol):
-    """A model that can be loaded."""
+    """A model that can be loaded; `dtype` is what it runs in, auto for what it is stored in."""
+
+    @property
+    def dtype(self) -> str:
+        """The name of a dtype of torch, or auto."""
+        ...
+
+    @property
+    def trust_remote_code(self) -> bool:
+        """Whether code in the folder of the model is run."""
+        ...
 
     def load(self) -> PreTrainedModel:
         """The loaded model."""

@@ -97,7 +97,7 @@ def sample_shard(experiment: Experiment, store: Store) -> int:
     if x.calib.needs == "traces":
         parts.append(flow.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)[0])
     for bench in x.sampled_benches:
-        on = bench.problems or x.problems
+        on = bench.asks(x.problems)
         parts.append(flow.sampled(f"sample_dense.{bench.name}", on, "test", bench.engine, bench.decoding, None)[0])
     return sum(len(tables.read_traces(part.path / sample.TRACES)) for part in parts)
 

@@ -70,6 +70,8 @@ class Loaded:
     """A model that lies in memory, for engines that load it."""
 
     model: Any
+    dtype: str = "auto"
+    trust_remote_code: bool = False
 
     def load(self) -> PreTrainedModel:
         """The model."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, Sampler, slots, stop_ids
 from ssgr.sampler.hf import HfSampler
 from ssgr.sampler.replay import ReplaySampler
-from ssgr.sampler.server import ServerSampler
+from ssgr.sampler.server import ServerSampler, _asked_pause
 from ssgr.sampler.vllm import VllmSampler, _prompts, _Replicas
 from ssgr.stages.sample import sample
 from ssgr.tables import write_traces
@@ -44,6 +45,10 @@ class Server:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     refuse: int = 0  # so many requests are answered with 503 first
+    answers: list[tuple[int, object]] = field(
+        default_factory=list
+    )  # how the first requests are answered, whatever they are
+    retry_after: str = ""
     dies_after: int | None = None  # so many answers; then connections are cut
     gives: str = "token_ids"  # or text
     bos: bool = False  # adds a token to each prompt
@@ -84,6 +89,8 @@ def running(server: Server) -> Iterator[str]:
             text = json.dumps(content).encode()
             self.send_response(code)
             self.send_header("Content-Length", str(len(text)))
+            if server.retry_after and code != 200:
+                self.send_header("Retry-After", server.retry_after)
             self.end_headers()
             self.wfile.write(text)
 
@@ -100,6 +107,8 @@ def running(server: Server) -> Iterator[str]:
                 server.bodies.append(body)
                 if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
                     return self.reply(401, {"error": "no key"})
+                if server.answers:
+                    return self.reply(*server.answers.pop(0))
                 if server.refuse:
                     server.refuse -= 1
                     return self.reply(503, {"error": "busy"})
@@ -286,6 +295,34 @@ def test_the_rest_of_a_response_is_asked_for_with_another_seed(tokenizer: PreTra
             assert trace.generated_ids[: len(request.begun)] == request.begun
             assert trace.seed == one.seed(0)
         assert len({body["seed"] for body in server.bodies}) == 3 and server.bodies[0]["seed"] == one.seed(0) % 2**31
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [({"error": {"message": "model is overloaded"}}, "200 .*model is overloaded\"}}"),
+     ({"choices": []}, '200 {"choices": \\[\\]}'),
+     ({"choices": [{"text": "7"}]}, r"the response was not finished \(finish_reason=None\)"), ([], r"200 \[\]")],
+)  # fmt: skip
+def test_an_answer_that_is_none_is_shown(answer: object, said: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    with (
+        running(Server(TINY.load(), tokenizer, answers=[(200, answer)])) as url,
+        pytest.raises(ValueError, match=f"failed: {said}; what was"),
+    ):
+        ask(url, tokenizer, count=1, retries=0)
+    with running(Server(TINY.load(), tokenizer, answers=[(200, answer)])) as url:
+        assert len(ask(url, tokenizer, count=1, retries=1)) == 1
+
+
+def test_a_server_is_left_alone_for_as_long_as_it_asks(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssgr.sampler.server._LONGEST_PAUSE", 0.01)
+    with running(Server(TINY.load(), tokenizer, answers=[(429, {}), (529, {})], retry_after="1")) as url:
+        start = time.monotonic()
+        assert len(ask(url, tokenizer, count=1, retries=2)) == 1
+        assert time.monotonic() - start > 2
+    assert 1.5 < _asked_pause(formatdate(time.time() + 3, usegmt=True)) <= 3
+    assert _asked_pause("soon") == _asked_pause(None) == _asked_pause("-3") == 0 and _asked_pause("99999") == 3600
 
 
 def test_a_busy_server_is_asked_again(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -276,6 +276,13 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
         ("0.0001", "$\\frac{1}{10000}$", RIGHT), ("e", "$e$", RIGHT), ("2e", "$2e$", RIGHT), ("7", "$7.0$", RIGHT),
         ("7", f"${'-' * 300}7$", RIGHT), ("10^{400}", "$10^{400}$", RIGHT), ("10^{400}", "$10^{401}$", WRONG),
         ("\\frac{3}{4}", "\\frac34", RIGHT), ("x^2-4", "\\left(x-2\\right)(x+2)", RIGHT), ("10", "10\\sqrt{3}", WRONG),
+        *((gold, f"\\boxed{{{answer}}}", RIGHT) for gold, answer in (
+            ("10000", "10\\,000"), ("10000", "10~000"), ("10000", "10 000"), ("10\\,080", "10080"),
+            ("1234567", "1\\ 234\\ 567"))),
+        ("2, 300", "\\boxed{2, 300}", RIGHT), ("2m", "\\boxed{2}", WRONG), ("2m", "\\boxed{2m}", RIGHT),
+        ("2", "\\boxed{2m}", RIGHT),
+        ("5\\text{ m}", "5", RIGHT), ("7", "\\boxed{3}. Wait, that is wrong.\n\n\\boxed{7}", RIGHT),
+        ("3, 4", "\\boxed{3} and \\boxed{4}", RIGHT), ("3, 4", "$x=\\boxed{3}$, $y=\\boxed{4}$", RIGHT),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
     ],
 )  # fmt: skip

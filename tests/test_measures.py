@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,26 @@ def test_a_suite_shares_its_decoding() -> None:
         members(Perplexity("a/b", "prose"))
     with pytest.raises(ValueError, match="at least one"):
         Suite("none", {})
+    with pytest.raises(
+        ValueError, match=r"bench.decoding.top_k: there is no such setting; valid are attempts, temperature"
+    ):
+        Suite("both", {"a": bench}, {"top_k": 20})
+    (own,) = members(Suite("both", {"a": bench}, {"seed": None, "max_new_tokens": 64}))
+    assert isinstance(own, Bench) and own.decoding == Decoding(2, 0.6, 0.95, 64, 0)
+
+
+def test_what_a_benchmark_lacks_is_called_as_it_is_set(tmp_path: Path) -> None:
+    unused: Any = None
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"problem": "1+1?", "solution": "2"}))
+    for settings, said in (
+        (["bench.problems.file=/no/file.jsonl"], "no such file; type problems.file=FILE.jsonl; of a benchmark"),
+        ([f"bench.problems.file={rows}"], "Type problems.columns.question=COLUMN, or mend the row; of a benchmark"),
+    ):
+        (bench,) = build("bench=gsm8k", *settings).benches
+        assert isinstance(bench, Bench)
+        with pytest.raises(ValueError, match=rf"{re.escape(said)}, problems is bench.problems, "):
+            bench.asks(unused).read("test")
 
 
 def test_a_suite_from_the_command_line_to_the_report(run: Run, tmp_path: Path) -> None:

@@ -35,6 +35,16 @@ _SCIENTIFIC = re.compile(
 _SMALL = 1e-3
 _MOST = 1_000_000  # seconds or GiB: more than any machine has, and less than the system's calls refuse
 _COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{3}|\n")
+_BETWEEN = re.compile(
+    r"(?<![A-Za-z\\])(?!and(?![A-Za-z]))[A-Za-z]{3}"
+)  # a word, where only and, or and signs part boxes of one answer
+_SPACED = re.compile(  # thousands; of plain spaces only where nothing else is there
+    r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
+)
+_BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
+_LETTER = re.compile(
+    r"\d([A-Za-z])\s*\$?\s*$"
+)  # the last factor of a gold answer, which Math-Verify may take for a unit
 _IN_LATEX = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
 
 
@@ -308,7 +318,9 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
 
     parse = partial(parse_with_limit, parsing_timeout=None, raise_on_error=True)
     try:
+        gold, answer = (_SPACED.sub(lambda found: re.sub(r"[\\,; ~]", "", found[0]), text) for text in (gold, answer))
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
+        answer = answer[_earlier_boxes(answer) :]
         golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
         answer = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer
         found = _whole(parse(f"${answer}$" if _all_latex(answer) else answer))
@@ -321,6 +333,8 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     if not found:
         return Verdict.NO_ANSWER, None, None
     text, raised = str(found[-1]), ""
+    if (last := _LETTER.search(gold)) and not re.search(rf"(?<![A-Za-z]){last[1]}(?![A-Za-z])", answer):
+        return Verdict.WRONG, text, None
     for one_gold, one in product(golds, found):
         try:
             if verify(one_gold, one, timeout_seconds=None, raise_on_error=True) and not _differ(one_gold, one):
@@ -330,6 +344,25 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         except Exception as error:
             raised = f"comparing raised {type(error).__name__}"
     return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
+
+
+def _earlier_boxes(answer: str) -> int:
+    """Where the boxes end that words part from the last ones: Math-Verify would read all that stand close as one answer."""
+    boxes = [found.span() for found in _BOX.finditer(answer)]
+    for (_, inside), (start, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        end = _end_of_box(answer, inside)
+        if end < start and _BETWEEN.search(answer, end, start):
+            return end
+    return 0
+
+
+def _end_of_box(answer: str, at: int) -> int:
+    depth = 1
+    for found in _BRACE.finditer(answer, at):
+        depth += 1 if found[0] == "{" else -1
+        if not depth:
+            return found.end()
+    return len(answer)
 
 
 def _all_latex(answer: str) -> bool:

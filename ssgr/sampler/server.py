@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar
 
 import httpx
@@ -23,8 +25,8 @@ from ssgr.records import Finish, Trace
 from ssgr.sampler import Decoding, Request, check_room, stop_ids
 
 _YIELD_SECONDS = 30.0  # finished traces are handed on at least so often
-_LONGEST_PAUSE = 60.0  # seconds between two tries
-_PASSING = {408, 409, 425, 429, 500, 502, 503, 504}  # answers that a later try may turn
+_LONGEST_PAUSE, _LONGEST_ASKED = 60.0, 3600.0  # seconds between two tries, and where the server asks for more
+_PASSING = {408, 409, 425, 429}  # answers that a later try may turn, as those from 500 up
 _AS_WRITTEN = "sampler.engine.url=http://HOST:PORT/v1, such as http://127.0.0.1:8000/v1"
 _NOTHING_ELSE = {  # what changes the distribution beside temperature and top_p, turned off
     # Else vLLM and SGLang fill it from the checkpoint's generation_config.json, and llama.cpp from defaults of its own.
@@ -157,24 +159,28 @@ class _Asking:
 
     def _post(self, request: Request, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The choice of an answer, which has stopped or is as long as it may be, and the usage (empty if it is not told)."""
-        said = ""
+        said, asked = "", 0.0
         for attempt in range(1 + self.engine.retries):
-            if attempt and self.stopped.wait(min(2.0 ** (attempt - 1), _LONGEST_PAUSE)):
+            if attempt and self.stopped.wait(max(asked, min(2.0 ** (attempt - 1), _LONGEST_PAUSE))):
                 break
+            asked = 0.0
             try:
                 answer = self.client.post("completions", json=body)
+                said = f"{answer.status_code} {answer.text[:200]}"
                 if answer.status_code == 200:
                     content = answer.json()
                     choice, usage = dict(content["choices"][0]), dict(content.get("usage") or {})
-                    if choice["finish_reason"] in ("stop", "length"):
+                    if choice.get("finish_reason") in ("stop", "length"):
                         return choice, usage
-                    said = f"the response was not finished (finish_reason={choice['finish_reason']})"
+                    said = f"the response was not finished (finish_reason={choice.get('finish_reason')})"
                     continue
-                said = f"{answer.status_code} {answer.text[:200]}"
-                if answer.status_code not in _PASSING:
+                if answer.status_code < 500 and answer.status_code not in _PASSING:
                     break
-            except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+                asked = _asked_pause(answer.headers.get("retry-after"))
+            except (httpx.HTTPError, ValueError) as error:  # nor is what is no JSON worth reading
                 said = first_line(error)[:200]
+            except (KeyError, IndexError, TypeError, AttributeError):  # an answer without choices, which `said` shows
+                continue
         raise ValueError(
             f"sampler.engine.url={self.engine.url}: attempt {request.attempt} of {request.problem_id} failed: {said}; what was "
             "sampled before is kept: type the same command again to go on"
@@ -223,6 +229,17 @@ class _Asking:
     def _refused(self, request: Request, why: str) -> ValueError:
         where = f"attempt {request.attempt} of {request.problem_id}"
         return ValueError(f"sampler.engine.url={self.engine.url}: the response to {where} {why}")
+
+
+def _asked_pause(retry_after: str | None) -> float:
+    """Seconds that a server asks to be left alone for, in either form of the header; an hour at most."""
+    seconds = 0.0
+    with suppress(TypeError, ValueError):
+        if (given := retry_after or "").strip().isdigit():
+            seconds = float(given)
+        elif given:
+            seconds = parsedate_to_datetime(given).timestamp() - time.time()
+    return min(max(seconds, 0.0), _LONGEST_ASKED)
 
 
 def _start(ask: _Asking, request: Request) -> Future[Trace]:

@@ -71,14 +71,17 @@ class VllmSampler:
         if importlib.util.find_spec("vllm") is None:
             raise ValueError("sampler.engine: vLLM is not installed; type pip install 'ssgr[vllm]', or sampler=hf")
         folder = str(checkpoint.files())
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=self.options.get("trust_remote_code", False))
+        trusted = bool(self.options.get("trust_remote_code", checkpoint.trust_remote_code))
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
         text = config.get_text_config()
         check_room(getattr(text, "max_position_embeddings", None), requests, decoding)
-        dtype = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "auto").removeprefix("torch.")
+        stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "auto").removeprefix("torch.")
         settings = {
             "model": folder,
             "skip_tokenizer_init": True,  # ids in, ids out
-            "dtype": dtype,  # by itself vLLM would run a float32 checkpoint in bfloat16
+            "trust_remote_code": trusted,
+            # By itself vLLM would run a float32 checkpoint in bfloat16.
+            "dtype": stored if checkpoint.dtype == "auto" else checkpoint.dtype,
             "generation_config": "vllm",  # the decoding is ours, not that of the checkpoint's generation_config.json
             "max_model_len": max(len(r.prompt_ids) + r.most(decoding) for r in requests),
             "max_num_seqs": self.batch_size,

@@ -28,7 +28,10 @@ T = TypeVar("T")
 
 # Sent to all processes of a job, and for the parent alone: it requeues the job, or ends with its workers.
 _PARENTS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCONT)
-_FEWER = "type a smaller sampler.engine.workers, or bench.engine.workers (1: no processes but this one)"
+_FEWER = (
+    "type a smaller sampler.engine.workers, bench.engine.workers or, in a suite, bench.benches.NAME.engine.workers "
+    "(1: no processes but this one)"
+)
 _ROWS = 32  # of a worker at least, where nobody asks for workers: with fewer, reading the weights is what a step takes
 
 

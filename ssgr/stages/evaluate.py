@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ssgr.grader import Grader
 from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.measure import Measure
-from ssgr.problems import Problems
+from ssgr.problems import Problems, Split
 from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict, shown
 from ssgr.sampler import Decoding, Sampler
 
@@ -37,10 +37,37 @@ class Bench:
     problems: Problems | None = None  # None: the test split of the problems group
     grader: Grader | None = None  # None: that of the grader group
 
+    def asks(self, otherwise: Problems) -> Problems:
+        """Its own problems, or those that there are `otherwise`."""
+        return otherwise if self.problems is None else Asked(self.problems)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The problems of a benchmark, whose settings are called otherwise than those of the calibration."""
+
+    problems: Problems
+
+    def read(self, split: Split) -> list[Problem]:
+        """Its problems.
+
+        Raises:
+            ValueError: what reading them raises, with the names of the settings.
+        """
+        try:
+            return self.problems.read(split)
+        except ValueError as error:
+            hint = "; of a benchmark, problems is bench.problems, of one in a suite bench.benches.NAME.problems"
+            raise ValueError(f"{error}{hint if 'problems.' in str(error) else ''}") from error
+
 
 @dataclass(frozen=True)
 class Suite:
-    """Several benchmarks; `decoding` holds settings that all of those share that sample, such as the seed."""
+    """Several benchmarks; `decoding` holds settings that all of those share that sample, such as the seed (None: their own).
+
+    Raises:
+        ValueError: there is none, or a setting is none of `Decoding`.
+    """
 
     name: str
     benches: Mapping[str, Bench | Measure]
@@ -49,12 +76,16 @@ class Suite:
     def __post_init__(self) -> None:
         if not self.benches:
             raise ValueError(f"bench={self.name}: a suite has at least one benchmark under bench.benches")
+        valid = [one.name for one in fields(Decoding)]
+        if unknown := [name for name in self.decoding if name not in valid]:
+            raise ValueError(f"bench.decoding.{unknown[0]}: there is no such setting; valid are {', '.join(valid)}")
 
 
 def _sharing(one: Bench | Measure, decoding: Mapping[str, Any]) -> Bench | Measure:
     """A benchmark, or one that reads traces of another, that samples with these settings."""
     if isinstance(one, Bench):
-        return replace(one, decoding=replace(one.decoding, **decoding))
+        given = {name: value for name, value in decoding.items() if value is not None}
+        return replace(one, decoding=replace(one.decoding, **given))
     traces = getattr(one, "traces", None)
     return replace(one, traces=_sharing(traces, decoding)) if isinstance(traces, Bench) else one  # type: ignore[type-var]
 

@@ -26,7 +26,8 @@ from ssgr.tables import read_traces, write_traces
 _log = logging.getLogger("ssgr")
 VERSION = 3
 TRACES, SPENT = "traces.parquet", "spent.json"
-_REMEDY = "type a smaller sampler.engine.batch_size, or bench.engine.batch_size"  # where memory ended
+# Where memory ended:
+_REMEDY = "type a smaller model.batch_size, or sampler.engine.batch_size or bench.engine.batch_size where you gave that"
 
 
 def sample(
