@@ -31,7 +31,7 @@ from ssgr.records import (
 )
 from ssgr.results import read_score, versions
 from ssgr.sampler import Decoding, Sampler
-from ssgr.stages import card, evaluate, grade, prune, sample, select, statistics
+from ssgr.stages import card, evaluate, grade, heap, prune, sample, select, statistics
 from ssgr.stages.pruned import CHECKPOINT, RESULT
 from ssgr.stages.solve import Method
 from ssgr.store import Artefact, Store
@@ -319,7 +319,8 @@ class Flow:
         def make(work: Path) -> None:
             saved = tables.read_traces(traces.path / sample.TRACES) if traces else []
             start = time.perf_counter()
-            items = measure.measure(self._at(pruned), self.tokenizer, saved)
+            with heap.reused():
+                items = measure.measure(self._at(pruned), self.tokenizer, saved)
             tables.write_items(work / evaluate.OUTCOMES, items)
             found = evaluate.reading(measure, items, time.perf_counter() - start)
             (work / evaluate.SCORE).write_text(json.dumps(to_json(found), indent=1))

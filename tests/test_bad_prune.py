@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 
 from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
@@ -56,6 +56,38 @@ def test_a_row_of_one_token(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) 
     short = replace(cal, rows=(*cal.rows, Row((3,), 0, "one")), weights=(*cal.weights, (1.0,)))
     with pytest.raises(ValueError, match=r"row one has 1 token\(s\), and a row needs two at least"):
         prune(saved(tmp_path / "m"), tokenizer, tmp_path / "out", uniform(Wanda(), HALF), short)
+
+
+def test_positions_that_depend_on_the_rows_beside(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Dynamic NTK turns all rows of a batch by the length of the longest, once one is longer than the context."""
+    model = random_model()
+    longest = max(len(row) for row in calibration().rows)
+    for context in (longest, longest - 1):
+        model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+        model.config.max_position_embeddings = context
+        model.save_pretrained(tmp_path / f"m{context}")
+        how = (Model("m", str(tmp_path / f"m{context}"), device="cpu"), tokenizer, tmp_path / f"out{context}")
+        if context == longest:
+            prune(*how, uniform(Wanda(), HALF))
+            continue
+        with pytest.raises(
+            ValueError, match=rf"a row has {longest} tokens, and beyond {context} .*max_row_tokens={context}$"
+        ):
+            prune(*how, uniform(Wanda(), HALF))
+
+
+def test_a_weight_that_is_used_without_its_module_is_told_of(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As Mamba does; the rule for experts that no token reached would hide it."""
+    config = MambaConfig(vocab_size=512, hidden_size=16, state_size=4, num_hidden_layers=2, time_step_rank=4)
+    MambaForCausalLM(config).save_pretrained(tmp_path / "m")
+    with caplog.at_level("WARNING", "ssgr"):
+        prune(Model("m", str(tmp_path / "m"), device="cpu"), tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.partition(":")[0] for text in told if "nothing was seen to enter it" in text] == [
+        f"backbone.layers.{i}.mixer.dt_proj" for i in range(2)
+    ]
 
 
 @pytest.mark.parametrize("order", ["layer", "block"])

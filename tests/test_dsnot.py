@@ -44,7 +44,17 @@ def moments(x_TI: Tensor, dtype: torch.dtype) -> Moments:
 
 def prune(pruner: Pruner, w_OI: Tensor, inputs: Moments, sparsity: Sparsity, name: str = "w") -> Tensor:
     """One matrix pruned."""
-    return pruner.prune([w_OI], inputs, [sparsity], name)[0].w_OI
+    return pruner.prune([w_OI], inputs, [sparsity], [name])[0].w_OI
+
+
+def test_what_is_skipped_is_told_by_each_name() -> None:
+    """Not by that of the first matrix with the same inputs."""
+    ws, x_TI = [problem(seed=seed)[0].float() for seed in (1, 2, 3)], problem()[1]
+    inputs, sparsities, names = moments(x_TI, torch.float32), [Unstructured(0.5)] * 3, ["m.gate", "m.up", "m.late"]
+    base = Wanda().prune(ws, inputs, sparsities, names)
+    found = DSnoT(Wanda(), skip=("*.up",), threshold=0.0).prune(ws, inputs, sparsities, names)
+    same = [torch.equal(a.w_OI != 0, b.w_OI != 0) for a, b in zip(base, found, strict=True)]
+    assert same == [False, True, False]
 
 
 def expected_error(w_OI: Tensor, new_OI: Tensor, mean_I: Tensor) -> Tensor:
@@ -171,8 +181,8 @@ def test_matrices_refined_together_are_what_each_is_alone() -> None:
     w_OI, x_TI = problem(1500, 40)  # more outputs than are refined at once
     inputs, x = moments(x_TI, torch.float64), DSnoT(SparseGPT())
     ws, sparsities = list(torch.split(w_OI, [1100, 400])), [Unstructured(0.5), Unstructured(0.7)]
-    for w, sparsity, new in zip(ws, sparsities, x.prune(ws, inputs, sparsities, "w"), strict=True):
-        alone = x.prune([w], inputs, [sparsity], "w")[0]
+    for w, sparsity, new in zip(ws, sparsities, x.prune(ws, inputs, sparsities, ["w"] * len(ws)), strict=True):
+        alone = x.prune([w], inputs, [sparsity], ["w"])[0]
         assert torch.equal(new.w_OI, alone.w_OI) and new.damping == alone.damping == 0.01
 
 

@@ -107,6 +107,14 @@ def test_the_output_layer_is_pruned_by_what_enters_it(
     assert result.sparsity_with_embeddings == pytest.approx((zeros + int((found_OI == 0).sum())) / whole)
 
 
+def test_it_stays_dense_where_it_is_excluded(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = llama()
+    before = model.lm_head.weight.detach().clone()
+    pruner = Wanda(include=("*", "lm_head"), exclude=("lm_head",))
+    result = prune(model, tokenizer, calibration(), pruner, Unstructured(0.5), tmp_path)
+    assert torch.equal(model.lm_head.weight, before) and not any(layer.name == "lm_head" for layer in result.layers)
+
+
 def test_it_is_pruned_without_rows_too(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = llama()
     prune(model, tokenizer, None, Magnitude(include=("lm_head",)), Unstructured(0.5), tmp_path)  # type: ignore[arg-type]

@@ -41,9 +41,19 @@ def moments(x_TI: Tensor, dtype: torch.dtype = torch.float32) -> Moments:
     return Moments(float(len(x_TI)), x_TI.mean(0).to(dtype), x_TI.square().mean(0).to(dtype), gram_II)
 
 
+def test_inputs_that_are_always_zero_give_no_nan() -> None:
+    """All of them: no damping, which is a share of their mean, would help."""
+    w_OI = problem(8, 16)[0].float()
+    nothing = Moments(10.0, torch.zeros(16), torch.zeros(16), torch.zeros(16, 16))
+    (found,) = ALPS().prune([w_OI], nothing, [Unstructured(0.5)], ["w"])
+    assert torch.isfinite(found.w_OI).all() and int((found.w_OI == 0).sum()) == 64
+    kept = found.w_OI != 0
+    assert torch.allclose(found.w_OI[kept], w_OI[kept])
+
+
 def prune(pruner: Pruner, w_OI: Tensor, inputs: Moments | None, sparsity: Sparsity) -> Tensor:
     """One matrix pruned."""
-    return pruner.prune([w_OI], inputs, [sparsity], "w")[0].w_OI
+    return pruner.prune([w_OI], inputs, [sparsity], ["w"])[0].w_OI
 
 
 def naive_keep(score_OI: Tensor, sparsity: Sparsity, compare: str) -> Tensor:
@@ -257,14 +267,14 @@ def test_the_condition_is_that_of_the_damped_hessian(pruner: Pruner, inputs: int
     h_II = seen.gram_II.double() + 0.01 * float(seen.gram_II.diagonal().mean()) * torch.eye(inputs)
     if pruner.name == "alps":  # it solves for inputs of norm 1
         h_II = h_II / h_II.diagonal().sqrt() / h_II.diagonal().sqrt()[:, None]
-    found = pruner.prune([w_OI.float()], seen, [Unstructured(0.5)], "w")[0].condition
+    found = pruner.prune([w_OI.float()], seen, [Unstructured(0.5)], ["w"])[0].condition
     assert found == pytest.approx(np.linalg.cond(h_II.numpy()), rel=0.01)
 
 
 @pytest.mark.parametrize("pruner", [SparseGPT(), ALPS()], ids=lambda pruner: pruner.name)
 def test_the_condition_of_inputs_that_are_alike_and_independent_is_one(pruner: Pruner) -> None:
     seen = Moments(9.0, torch.zeros(16), torch.ones(16), torch.eye(16))
-    assert pruner.prune([problem(8, 16)[0].float()], seen, [NM(2, 4)], "w")[0].condition == pytest.approx(1, rel=1e-5)
+    assert pruner.prune([problem(8, 16)[0].float()], seen, [NM(2, 4)], ["w"])[0].condition == pytest.approx(1, rel=1e-5)
 
 
 def test_a_failing_cholesky_raises_damping_step_by_step_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -369,9 +379,9 @@ def test_matrices_pruned_together_are_what_each_is_alone(pruner: Pruner, sparsit
     w_OI, x_TI = problem(48, 60)
     inputs, ws = moments(x_TI, torch.float64), list(w_OI.split([24, 7, 17]))
     before = [w.clone() for w in ws]
-    together = pruner.prune(ws, inputs, sparsities, "w")
+    together = pruner.prune(ws, inputs, sparsities, ["w"] * len(ws))
     for w, old, new, sparsity in zip(ws, before, together, sparsities, strict=True):
-        alone = pruner.prune([w], inputs, [sparsity], "w")[0]
+        alone = pruner.prune([w], inputs, [sparsity], ["w"])[0]
         assert torch.equal(new.w_OI != 0, alone.w_OI != 0) and new.damping == alone.damping
         assert torch.allclose(new.w_OI, alone.w_OI, rtol=1e-9, atol=1e-12)
         assert torch.equal(w, old)  # what was given is as it was

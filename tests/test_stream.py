@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,18 +20,20 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 from ssgr import model as model_module
 from ssgr import pipeline, store
 from ssgr.model import Model
-from ssgr.model.checkpoint import Checkpoint
+from ssgr.model.blocks import decoder_blocks
+from ssgr.model.checkpoint import Checkpoint, Replica
 from ssgr.pruner import Pruner
 from ssgr.pruner.magnitude import Magnitude
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
+from ssgr.records import CalibrationSet, Row
 from ssgr.sparsity import NM, Unstructured
-from ssgr.stages import heap, plan
+from ssgr.stages import activations, heap, plan
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing, check, prune
 from ssgr.stages.solve import Solver
@@ -294,6 +298,79 @@ def test_what_stops_after_the_last_block_solves_none_again(tmp_path: Path, monke
     pipeline.make(experiment, shelf, planned)
     seconds = json.loads(next(tmp_path.glob("prune/*/prune.json")).read_text())["seconds"]
     assert not solved and seconds["solve"] > 0
+
+
+def test_seconds_of_a_slow_disk_are_told(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Replica.write
+    monkeypatch.setattr(Replica, "write", lambda self, *rest: time.sleep(0.3) or write(self, *rest))
+    result = prune(
+        saved(tmp_path / "source"), tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work"
+    )
+    assert result.seconds["store"] > 0.5, "of two blocks"
+
+
+def test_masks_and_positions_of_shorter_rows_take_no_memory_of_their_own() -> None:
+    """Whatever held-out rows there are, which come last."""
+    config = MistralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=16, max_position_embeddings=256,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
+    blocks = decoder_blocks(model)[1]
+    rows = tuple(Row(tuple(range(40 + i)), 5, str(i)) for i in range(12))
+    cal = CalibrationSet("test", rows, tuple((1.0,) * len(row) for row in rows), (), 0)
+    taken = []
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(activations, "_BATCH_TOKENS", 60)
+        for held_out in ((), (Row(tuple(range(30)), 5, "held out"),)):
+            passed = activations.passages(replace(cal, held_out=held_out), None)
+            batches = activations.first_inputs(model, blocks, passed, torch.device("cpu"), None)
+            assert [batch.hidden_NTD.shape[1] for batch in batches] == [len(row.ids) for row in passed]
+            tensors = [t for batch in batches for one in batch.given for t in _tensors(one)]
+            taken.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+    assert taken[1] < 1.2 * taken[0], taken
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ():
+        yield from _tensors(one)
+
+
+def test_what_a_pruner_takes_is_as_planned(tmp_path: Path) -> None:
+    """Its peak beside what it is given: matrices of 16 MiB."""
+    code = """
+import psutil, torch
+from ssgr.pruner import Moments
+from ssgr.pruner.alps import ALPS
+from ssgr.pruner.dsnot import DSnoT
+from ssgr.pruner.ria import RIA
+from ssgr.pruner.sparsegpt import SparseGPT
+from ssgr.pruner.wanda import Wanda
+from ssgr.sparsity import Unstructured
+from ssgr.store import peak_rss_mib, _reset_peak_rss
+torch.set_num_threads(1)
+def made(n):
+    x = torch.randn(256, n)
+    return [torch.randn(n, n)], Moments(256.0, x.mean(0), x.square().mean(0), x.T @ x / 256), [Unstructured(0.5)], ["w"]
+for pruner in (Wanda(), RIA(), DSnoT(Wanda(), skip=()), SparseGPT(), ALPS(iterations=6)):
+    pruner.prune(*made(64))  # what is loaded on the way
+    given = made(2048)
+    _reset_peak_rss()
+    before = psutil.Process().memory_info().rss / 2**20
+    pruner.prune(*given)
+    print(pruner.name, peak_rss_mib() - before, sum(pruner.work) * 2048**2 / 2**20)
+"""
+    own = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, env=own)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        took, planned = map(float, line.split()[1:])
+        assert 0.3 * planned < took < 1.1 * planned + 5, line
+    assert len(done.stdout.splitlines()) == 5
 
 
 def test_the_peak_does_not_grow_with_the_depth(tmp_path: Path) -> None:
@@ -598,6 +675,14 @@ def test_memory_that_ends_all_the_same_is_told() -> None:
         heap.enough("type less"),
     ):
         torch.empty(2**55)
+    with pytest.raises(ValueError, match=r"memory ended \(MemoryError\); type less"), heap.enough("type less"):
+        bytearray(1 << 46)
+    for said in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate(handle)",
+    ):
+        with pytest.raises(ValueError, match=r"memory ended \(RuntimeError: CUDA"), heap.enough("type less"):
+            raise RuntimeError(said)
     with pytest.raises(RuntimeError, match="another"), heap.enough("type less"):
         raise RuntimeError("another")
 

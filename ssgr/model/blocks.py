@@ -132,6 +132,12 @@ def output_layer(model: PreTrainedModel) -> str:
     return next((name for name, m in model.named_modules() if m is head and isinstance(m, nn.Linear)), "")
 
 
+def prunes_head(model: PreTrainedModel, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    """Whether the output layer is pruned: `include` names it, in full, and no pattern of `exclude` matches it."""
+    head = output_layer(model)
+    return head in include and not any(fnmatch(head, pattern) for pattern in exclude)
+
+
 def embeddings(model: PreTrainedModel) -> int:
     """How many numbers the token embeddings and the output layer hold; those that are tied count once."""
     head = model.get_output_embeddings()

@@ -74,10 +74,15 @@ class Pruner(Protocol):
         """How much each weight matters (O, I), before any is gone: what a comparison over the whole model goes by."""
         ...
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """Bytes that `prune` takes beside what it is given, as measured: for each weight, and for each pair of inputs."""
+        ...
+
     def prune(
-        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]
     ) -> list[Pruned]:
-        """Prune matrices (O, I) that have the same inputs, each by a sparsity of its own; `name` is that of the first."""
+        """Prune matrices (O, I) that have the same inputs and these names, each by a sparsity of its own."""
         ...
 
 
@@ -89,6 +94,7 @@ class ByScore:
     exclude: tuple[str, ...] = ()
     compare: Compare = "layer"
     statistic: ClassVar[Statistic] = "norm"
+    work: ClassVar[tuple[int, int]] = (20, 0)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))
@@ -100,7 +106,7 @@ class ByScore:
         raise NotImplementedError
 
     def prune(
-        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]
     ) -> list[Pruned]:
         """Prune matrices (O, I) that have the same inputs."""
         pairs = zip(ws, sparsities, strict=True)
@@ -120,3 +126,9 @@ def checked_gram(inputs: Moments | None, name: str) -> Tensor:
             "model.dtype=float32"
         )
     return inputs.gram_II.clone()
+
+
+def alive(h_II: Tensor) -> Tensor:
+    """`h_II` with inputs that are always zero made independent of the others, in place."""
+    h_II.diagonal()[h_II.diagonal() == 0] = 1
+    return h_II

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ssgr.pruner import Moments, Pruned, Statistic, checked_gram
+from ssgr.pruner import Moments, Pruned, Statistic, alive, checked_gram
 from ssgr.sparsity import Compare, Sparsity, check_compare
 
 _EVERY = 3  # iterations between two looks at the support (section 3.1)
@@ -41,6 +42,7 @@ class ALPS:
     iterations: int = 300
     refits: int = 10
     name: str = "alps"
+    work: ClassVar[tuple[int, int]] = (36, 38)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))
@@ -63,15 +65,16 @@ class ALPS:
         return w_OI.square() * inputs.square_I
 
     def prune(
-        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]
     ) -> list[Pruned]:
         """Prune matrices (O, I) that have the same inputs, with one decomposition of their Gram matrix.
 
         Raises:
             ValueError: the Gram matrix is not finite.
         """
-        h_II = checked_gram(inputs, name)
+        h_II = checked_gram(inputs, names[0])
         h_II.diagonal().add_(self.damping * float(h_II.diagonal().mean()))
+        alive(h_II)  # where all are always zero, the damping is
         norm_I = h_II.diagonal().sqrt()
         h_II = h_II / norm_I / norm_I[:, None]
         values_I, vectors_II = (part.to(h_II.dtype) for part in torch.linalg.eigh(h_II.double()))

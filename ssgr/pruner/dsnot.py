@@ -66,12 +66,18 @@ class DSnoT:
         """What the base needs, and at least mean and mean square of each input."""
         return "gram" if self.base.statistic == "gram" else "norm"
 
+    @property
+    def work(self) -> tuple[int, int]:
+        """That of the base, and what the refinement of its masks takes."""
+        weight, pair = self.base.work
+        return max(weight, 20) + 12, pair
+
     def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
         """What the base scores, (O, I)."""
         return self.base.score(w_OI, inputs)
 
     def prune(
-        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]
     ) -> list[Pruned]:
         """Prune matrices (O, I) that have the same inputs.
 
@@ -79,11 +85,10 @@ class DSnoT:
             ValueError: as the base.
         """
         assert inputs is not None
-        skipped = any(fnmatch(name, pattern) for pattern in self.skip)
-        out = []
-        for w_OI, sparsity, of_base in zip(ws, sparsities, self.base.prune(ws, inputs, sparsities, name), strict=True):
+        out, of_bases = [], self.base.prune(ws, inputs, sparsities, names)
+        for w_OI, sparsity, of_base, name in zip(ws, sparsities, of_bases, names, strict=True):
             keep_OI = of_base.w_OI != 0
-            if not skipped:
+            if not any(fnmatch(name, pattern) for pattern in self.skip):
                 grouped = sparsity.group is not None
                 cost_OI = self.base.score(w_OI, inputs) if grouped else w_OI.abs() * inputs.square_I.sqrt()
                 parts = zip(*(torch.split(whole_OI, _ROWS) for whole_OI in (w_OI, keep_OI, cost_OI)), strict=True)

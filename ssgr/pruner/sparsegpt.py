@@ -8,12 +8,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ssgr.products import finite
-from ssgr.pruner import Moments, Pruned, Statistic, checked_gram
+from ssgr.pruner import Moments, Pruned, Statistic, alive, checked_gram
 from ssgr.sparsity import Compare, Sparsity
 
 _log = logging.getLogger("ssgr")
@@ -35,6 +36,7 @@ class SparseGPT:
     block: int = 128
     damping: float = 0.01
     name: str = "sparsegpt"
+    work: ClassVar[tuple[int, int]] = (4, 20)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))
@@ -49,11 +51,11 @@ class SparseGPT:
 
     def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
         """w^2 / [H^-1]_jj (eq. 3), (O, I): what losing each weight alone would cost."""
-        u_II, _ = inverse_factor(_alive(checked_gram(inputs, self.name)), self.damping, self.name)
+        u_II, _ = inverse_factor(alive(checked_gram(inputs, self.name)), self.damping, self.name)
         return w_OI.square() / u_II.square().sum(0)
 
     def prune(
-        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], name: str
+        self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]
     ) -> list[Pruned]:
         """Prune matrices (O, I) that have the same inputs, with one factor of their Gram matrix.
 
@@ -61,9 +63,9 @@ class SparseGPT:
             ValueError: the Hessian is not finite, or stays indefinite at every damping; or n:m does not divide I.
         """
         assert len({s.group for s in sparsities}) == 1, "matrices of the same inputs have one kind of pattern"
-        h_II = checked_gram(inputs, name)
+        h_II = checked_gram(inputs, names[0])
         dead_I = h_II.diagonal() == 0
-        u_II, damping = inverse_factor(_alive(h_II), self.damping, name)
+        u_II, damping = inverse_factor(alive(h_II), self.damping, names[0])
         w_OI = torch.cat(list(ws))  # a copy
         w_OI[:, dead_I] = 0
         condition = _condition(h_II, damping * float(h_II.diagonal().mean()), u_II)
@@ -77,12 +79,6 @@ class SparseGPT:
             w_OI[:, first:last] = w_BO.T
             w_OI[:, last:].addmm_(error_BO.T, u_II[first:last, last:], alpha=-1)
         return [Pruned(part_OI, damping, condition) for part_OI in torch.split(w_OI, rows)]
-
-
-def _alive(h_II: Tensor) -> Tensor:
-    """`h_II` with inputs that are always zero made independent of the others."""
-    h_II.diagonal()[h_II.diagonal() == 0] = 1
-    return h_II
 
 
 def _prune_block(w_BO: Tensor, u_BB: Tensor, sparsities: Sequence[Sparsity], rows: list[int]) -> Tensor:

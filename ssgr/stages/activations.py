@@ -139,13 +139,14 @@ def first_inputs(
     mapped into memory, or in memory where it is None. Only batches whose number is `mine` are made.
     """
     members = [group for i, group in enumerate(groups(rows)) if mine(i)]
-    tokens, room = sum(len(group) * len(rows[group[-1]].ids) for group in members), torch.empty(0)
-    batches: list[Batch] = []
+    widths = [len(rows[group[-1]].ids) for group in members]
+    tokens, room = sum(len(group) * width for group, width in zip(members, widths, strict=True)), torch.empty(0)
+    batches: dict[int, Batch] = {}
     longest: list[dict[str, Any]] = []  # what the longest batch is given
     with _passing_through(blocks) as (heard, form):
-        for group in reversed(members):
-            width = len(rows[group[-1]].ids)
-            ids_NT = torch.tensor([[*rows[i].ids, *[_PADDING] * (width - len(rows[i].ids))] for i in group])
+        for i in sorted(range(len(members)), key=lambda i: (-widths[i], -i)):
+            group, width = members[i], widths[i]
+            ids_NT = torch.tensor([[*rows[n].ids, *[_PADDING] * (width - len(rows[n].ids))] for n in group])
             heard.clear()
             with suppress(_Reached):
                 model(input_ids=ids_NT.to(device), use_cache=False)
@@ -160,10 +161,9 @@ def first_inputs(
             given = [_moved(kwargs, torch.device("cpu"), moved) for _, kwargs in heard]
             longest = longest or given
             given = [_part(value, whole, parts) for value, whole in zip(given, longest, strict=True)]
-            batches.append(
-                Batch(own.view_as(hidden_NTD), _streams([rows[i] for i in group], width, device), given, form[0])
-            )
-    return batches[::-1]
+            streams = _streams([rows[n] for n in group], width, device)
+            batches[i] = Batch(own.view_as(hidden_NTD), streams, given, form[0])
+    return [batches[i] for i in range(len(members))]
 
 
 def _streams(rows: Sequence[Passage], width: int, device: torch.device) -> dict[str, Stream]:

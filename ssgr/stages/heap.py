@@ -7,6 +7,7 @@ arithmetic (LOG.md).
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from ssgr.errors import first_line
 
 _TRIM, _MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of glibc's mallopt
 _KEPT = 64 << 20  # bytes; what is larger, such as a matrix of a large model, goes back as soon as it is freed
+_ENDED = ("allocate memory", "out of memory", "ALLOC_FAILED")  # what torch and CUDA's libraries say of it
 _USUAL = 32 << 20  # where glibc's own thresholds end
 
 
@@ -29,8 +31,9 @@ def enough(remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        known = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(said in str(error) for said in _ENDED)
+        if not known:
             raise
         said = first_line(error)[:200]
         raise ValueError(
@@ -40,19 +43,22 @@ def enough(remedy: str) -> Iterator[None]:
 
 @contextmanager
 def reused() -> Iterator[None]:
-    """Keep freed memory while inside, and give it back at the end; where the system's library is not glibc, do nothing.
+    """Keep freed memory while inside, and give it back at the end, that of GPUs too, which torch always keeps.
 
-    What the environment asks of glibc stands.
+    Where the system's library is not glibc, the host's is as it always is. What the environment asks of glibc stands.
     """
     libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or any(name.startswith("MALLOC_") for name in os.environ):
-        yield
-        return
-    libc.mallopt(_MMAP, _KEPT)
-    libc.mallopt(_TRIM, 2**31 - 1)
+    own = hasattr(libc, "mallopt") and not any(name.startswith("MALLOC_") for name in os.environ)
+    if own:
+        libc.mallopt(_MMAP, _KEPT)
+        libc.mallopt(_TRIM, 2**31 - 1)
     try:
         yield
     finally:
-        libc.mallopt(_MMAP, _USUAL)
-        libc.mallopt(_TRIM, 2 * _USUAL)
-        libc.malloc_trim(0)
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            gc.collect()  # models are held in circles
+            torch.cuda.empty_cache()
+        if own:
+            libc.mallopt(_MMAP, _USUAL)
+            libc.mallopt(_TRIM, 2 * _USUAL)
+            libc.malloc_trim(0)

@@ -14,7 +14,7 @@ import psutil
 import torch
 
 from ssgr.model.blocks import Matrix, outside
-from ssgr.pruner import Statistic
+from ssgr.pruner import Pruner, Statistic
 from ssgr.stages.activations import Passage, largest_batch, padded_tokens
 from ssgr.stages.ranks import Crew
 from ssgr.stages.walk import Walk
@@ -76,9 +76,12 @@ class Memory:
 
 def plan(
     walk: Walk, layers: Sequence[dict[str, Matrix]], statistic: Statistic, rows: Sequence[Passage],
-    memory: Memory, folder: Path, disk: int, solves: bool, pauses: bool = False,
+    memory: Memory, folder: Path, disk: int, pruner: Pruner | None, pauses: bool = False,
 ) -> bool:  # fmt: skip
     """Say what passing `rows` through the model needs, and `disk` bytes in `folder`; whether activations need a file.
+
+    What a `pruner` takes is of all matrices with the same inputs, which it is given together, with copies of them before
+    and after.
 
     Where the rows pause inside a block, all of them are there in its middle at once: about three times their hidden states
     and the widest input of a matrix. A batch that runs takes about four of its own and three times what is widest, which
@@ -94,7 +97,9 @@ def plan(
     before = sum(p.numel() for p in outside(walk.model, walk.decoder).values()) * size
     kept = streams * max(sum(_DOUBLE * _numbers(statistic, m) for m in inputs(own)) for own in layers)
     every = [m for own in layers for m in own.values()]
-    work = max(3 * _FLOAT * m.shape[0] * m.shape[1] + 4 * _FLOAT * _numbers(statistic, m) for m in every)
+    weight, pair = pruner.work if pruner else (0, 0)
+    each = [(sum(m.shape[0] * m.shape[1] for m in some), some[0].shape[1] ** 2) for own in layers for some in sets(own)]
+    work = max((2 * _FLOAT + weight) * weights + pair * pairs for weights, pairs in each) if pruner else 0
     hidden = getattr(config, "hidden_size", 0)
     tokens = padded_tokens(rows) // walk.ranks.count
     activations = tokens * hidden * size
@@ -105,15 +110,17 @@ def plan(
     if config._attn_implementation == "eager":  # it writes its scores out
         batch += 2 * _FLOAT * together * getattr(config, "num_attention_heads", 1) * length**2
     mapped = activations > memory.activations_gib * _GIB
-    device = max(block + kept + inside + max(batch, work if solves else 0), block + before + batch if rows else 0)
+    device = max(block + kept + inside + max(batch, work), block + before + batch if rows else 0)
+    if walk.device.type == "cuda" and not mapped:
+        activations = 1 << (activations - 1).bit_length()  # as pinned memory is given out
     host = (0 if mapped else activations) + (device + block if walk.device.type == "cpu" else 2 * block)
     disk += activations * walk.ranks.count if mapped else 0
-    verb = "prune" if solves else "collect"
+    verb = "prune" if pruner else "collect"
     _log.info(
         "%s: %s on %s for one block (weights %s, statistics %s, rows inside %s, a batch %s, work %s), %s of activations %s, "
         "%s of disk",
         verb, _size(device), walk.device, _size(block), _size(kept), _size(inside), _size(batch),
-        _size(work if solves else 0), _size(activations), "in a file" if mapped else "in memory", _size(disk),
+        _size(work), _size(activations), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
     needs = {
         "memory": (host * walk.ranks.here, min([psutil.virtual_memory().available, *_left_in_groups()])),
@@ -121,7 +128,8 @@ def plan(
         "disk": (disk, shutil.disk_usage(folder).free),
     }
     if walk.device.type == "cuda":
-        needs[str(walk.device)] = (device, torch.cuda.mem_get_info(walk.device)[0])
+        unused = torch.cuda.memory_reserved(walk.device) - torch.cuda.memory_allocated(walk.device)
+        needs[str(walk.device)] = (device, torch.cuda.mem_get_info(walk.device)[0] + unused)
     whole = "order=block, " if pauses else ""
     for what, (needed, free) in needs.items():
         if needed > free:
@@ -158,16 +166,22 @@ def _left_by_limits() -> Iterator[int]:
             yield max(0, most - used)
 
 
-def inputs(layers: dict[str, Matrix]) -> list[Matrix]:
-    """One matrix of each set that is likely to have the same inputs: neighbours in one module, of the same width."""
-    out: list[Matrix] = []
+def sets(layers: dict[str, Matrix]) -> list[list[Matrix]]:
+    """Matrices that are likely to have the same inputs: neighbours in one module, of the same width."""
+    out: list[list[Matrix]] = []
     last = None
     for name, matrix in layers.items():
         module = name.rpartition(".")[0]
         if last != (module, matrix.shape[1]):
-            out.append(matrix)
+            out.append([])
+        out[-1].append(matrix)
         last = (module, matrix.shape[1])
     return out
+
+
+def inputs(layers: dict[str, Matrix]) -> list[Matrix]:
+    """One matrix of each set that is likely to have the same inputs."""
+    return [some[0] for some in sets(layers)]
 
 
 def _size(n: float) -> str:

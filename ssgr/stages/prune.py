@@ -17,7 +17,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr import files
 from ssgr.model import Model
-from ssgr.model.blocks import Matrix, NothingLeft, Tail, decoder_blocks, embeddings, matrices, names, output_layer
+from ssgr.model.blocks import (
+    Matrix,
+    NothingLeft,
+    Tail,
+    decoder_blocks,
+    embeddings,
+    matrices,
+    names,
+    output_layer,
+    prunes_head,
+)
 from ssgr.model.checkpoint import Checkpoint
 from ssgr.progress import Progress
 from ssgr.pruner import Pruner, Statistic
@@ -35,7 +45,7 @@ from ssgr.stages.steps import Owners, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
-VERSION = 6
+VERSION = 7
 _log = logging.getLogger("ssgr")
 
 
@@ -97,8 +107,9 @@ def _prune(
     memory: Memory, work: Path, passing: Passing, statistics: Path | None,
 ) -> None:  # fmt: skip
     pruner = method.pruner
-    walk = Walk(model, own, pruner.include)
+    walk = Walk(model, own, pruner.include, pruner.exclude)
     if walk.device.type == "cuda":
+        torch.cuda.init()  # this may be the first that is asked of it
         torch.cuda.reset_peak_memory_stats(walk.device)
     check(walk.model, pruner, method.sparsity)
     layers = [_chosen(block, pruner) for block in walk.blocks]
@@ -114,7 +125,7 @@ def _prune(
     if pruner.statistic != "none" and not rows and not stored:
         raise ValueError(f"pruner={pruner.name} needs calibration rows, or what collect has stored of the dense model")
     pauses = bool(rows) and passing.order == "layer" and pruner.statistic != "gradient"
-    mapped = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, True, pauses)
+    mapped = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, pruner, pauses)
     kept = journal.Journal(walk, work, work / CHECKPOINT)
     done = len(kept.done)
     allocated = (method.allocation, walk, layers, stored, pruner, method.sparsity, method.scope)
@@ -134,9 +145,11 @@ def _prune(
             with walk.clock.timed("store"):
                 behind.do(kept.keeping(i, block, layers[i], [found[name] for name in layers[i]]))
             ears.pass_on(i)
-            behind.wait()  # two blocks are in memory, this one and the next: never a third
+            with walk.clock.timed("store"):
+                behind.wait()  # two blocks are in memory, this one and the next: never a third
             progress.step()
-    kept.finish()
+    with walk.clock.timed("store"):
+        kept.finish()
     peaks = own.every(_peaks(walk.device))
     if own.rank == 0:
         files.write_json(work / RESULT, to_json(_result(walk, method, passing.propagate, kept, peaks)))
@@ -207,10 +220,10 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
         ValueError: its blocks or matrices are not found, a pattern matches none, or n:m does not divide a layer's inputs.
     """
     prefix, blocks = decoder_blocks(model)
-    tail = [Tail(model, blocks)] if output_layer(model) in pruner.include else []
+    tail = [Tail(model, blocks)] if prunes_head(model, pruner.include, pruner.exclude) else []
     for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
         for pattern in patterns:
-            if not any(names(block, pattern) for block in blocks) and not (tail and pattern == output_layer(model)):
+            if not any(names(block, pattern) for block in blocks) and pattern != output_layer(model):
                 every = sorted({name for block in blocks for name in names(block, "*")} | {output_layer(model)} - {""})
                 raise ValueError(f"pruner.{option}: {pattern!r} matches no layer; layers are {', '.join(every)}")
     compare = getattr(type(pruner), "compare", None)

@@ -209,8 +209,9 @@ def _begin(
     local: int, _: None, place: _Place, parent: int, device: str, threads: int, failures: Any, news: Any,
     job: Callable[..., None], args: Any,
 ) -> None:  # fmt: skip
-    # What the death of the parent sends; whatever a shell starts with & ignores it.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    # What the death of the parent sends; whatever a shell starts with & ignores it. Python's own handler would wait for the
+    # collective call in which this rank may wait for one that is gone.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getppid() != parent:  # it was killed before its death would be a signal to this process
         return
     torch.set_num_threads(threads)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.errors import first_line
@@ -77,8 +76,6 @@ def sample(
                 _write_beside(work / SPENT, json.dumps([seconds + time.perf_counter() - start, drawn + tokens]))
                 have |= {(t.problem_id, t.attempt): t for t in batch}
                 progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
     traces = [have[r.problem_id, r.attempt] for r in requests]
     write_traces(whole, traces)
     shutil.rmtree(parts)

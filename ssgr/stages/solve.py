@@ -79,7 +79,7 @@ class Solver:
                 raise ValueError(
                     f"{names[0]}: what enters it holds NaN or infinity on the calibration rows; {self.walk.remedy}"
                 )
-        pruned = self._pruned(before, seen, targets, names)
+        pruned = self._pruned(group, before, seen, targets, names)
         dtypes = [self.walk.layout.dtype(self.walk.full(i, matrix.parameter)) for matrix in group]
         rounded = [_rounded(new.w_OI, dtype, full) for new, dtype, full in zip(pruned, dtypes, names, strict=True)]
         each = (time.perf_counter() - start) / len(group)  # a GPU is done, since their numbers were looked at
@@ -108,17 +108,25 @@ class Solver:
         return out
 
     def _pruned(
-        self, before: Sequence[Tensor], seen: Moments | None, targets: Sequence[float], names: Sequence[str]
-    ) -> list[Pruned]:
+        self, group: Sequence[Matrix], before: Sequence[Tensor], seen: Moments | None, targets: Sequence[float],
+        names: Sequence[str],
+    ) -> list[Pruned]:  # fmt: skip
         """Each matrix at its own share of zeros; one that met no token by magnitude, row by row; one with share 0 as it is."""
         pruner, sparsity = self.method.pruner, self.method.sparsity
         out = {i: Pruned(w_OI) for i, w_OI in enumerate(before) if targets[i] == 0}
         chosen = [i for i in range(len(before)) if i not in out]
         patterns = [sparsity.at(targets[i]) for i in chosen]
         if seen is None and pruner.statistic != "none":
+            if any(matrix.expert is None for matrix in group):
+                _log.warning(
+                    "%s: nothing was seen to enter it, so it is pruned by magnitude: no token came, or the model uses its weight "
+                    "without calling it; pruner.exclude leaves it dense", ", ".join(names),
+                )  # fmt: skip
             pruned = [Pruned(before[i] * p.keep(before[i].abs(), "row")) for i, p in zip(chosen, patterns, strict=True)]
         else:
-            pruned = pruner.prune([before[i] for i in chosen], seen, patterns, names[0]) if chosen else []
+            pruned = (
+                pruner.prune([before[i] for i in chosen], seen, patterns, [names[i] for i in chosen]) if chosen else []
+            )
         out |= dict(zip(chosen, pruned, strict=True))
         return [out[i] for i in range(len(before))]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ssgr.model import Model
 from ssgr.model.attention import attend_causally
-from ssgr.model.blocks import Matrix, Tail, decoder_blocks, empty, output_layer, outside, put
+from ssgr.model.blocks import Matrix, Tail, decoder_blocks, empty, outside, prunes_head, put
 from ssgr.model.checkpoint import DTYPES, Checkpoint
 from ssgr.model.layout import Layout
 from ssgr.products import finite, native
@@ -28,15 +28,15 @@ _CONFIGURED = {"float32": torch.float32, "float16": torch.float16, "bfloat16": t
 class Walk:
     """The decoder of `model`, block by block; its `clock` counts what is spent on waiting for weights and on running blocks.
 
-    Where `include` names the output layer, in full, what follows the blocks, up to it, comes after them as if it were one more.
+    Where the output layer is pruned too, what follows the blocks, up to it, comes after them as if it were one more.
     """
 
-    def __init__(self, model: Model, ranks: Ranks, include: Sequence[str] = ()) -> None:
+    def __init__(self, model: Model, ranks: Ranks, include: Sequence[str] = (), exclude: Sequence[str] = ()) -> None:
         self.model, self.ranks = model.skeleton(), ranks
         self.source = Checkpoint(model.files())
         self.layout = Layout(self.model, self.source)
         self.name, self.decoder = decoder_blocks(self.model)
-        tail = [Tail(self.model, self.decoder)] if output_layer(self.model) in include else []
+        tail = [Tail(self.model, self.decoder)] if prunes_head(self.model, include, exclude) else []
         self.blocks = [*self.decoder, *tail]
         self.device = ranks.device(model.torch_device())
         self.dtype = _dtype(model, self.source, self.stored(0), self.device)
@@ -113,11 +113,13 @@ class Walk:
                 f"calib: a row has token {last}, and the model has embeddings of tokens 0 to {known - 1} only (its tokenizer has "
                 f"{len(tokenizer)}); calibrate with tokens of this model, or call resize_token_embeddings and save it again"
             )
+        self._check_positions(max(len(row.ids) for row in rows))
         before = outside(self.model, self.decoder)
-        for name in (*before, *self.names(0).values()):
-            put(self.model, name, self._placed(name, self.layout.read(name)))
-        for name, buffer in self.model.named_buffers():
-            put(self.model, name, buffer.to(self.device))
+        with self.clock.timed("load"):
+            for name in (*before, *self.names(0).values()):
+                put(self.model, name, self._placed(name, self.layout.read(name)))
+            for name, buffer in self.model.named_buffers():
+                put(self.model, name, buffer.to(self.device))
         try:
             with self.clock.timed("forward"):
                 return first_inputs(self.model, self.decoder, rows, self.device, file, self.ranks.mine)
@@ -125,6 +127,20 @@ class Walk:
             for name, parameter in before.items():
                 put(self.model, name, parameter)
             empty(self.blocks[0])
+
+    def _check_positions(self, longest: int) -> None:
+        """See that what a row is does not depend on the rows beside it.
+
+        Raises:
+            ValueError: the model turns the positions of a whole batch otherwise where one of its rows is longer than its context.
+        """
+        config = self.model.config.get_text_config()
+        context = getattr(config, "max_position_embeddings", None)
+        if context and longest > context and "'dynamic'" in str(getattr(config, "rope_parameters", None)):
+            raise ValueError(
+                f"calib: a row has {longest} tokens, and beyond {context} this model's positions depend on the longest row of a "
+                f"batch (rope_type=dynamic); type budget.max_row_tokens={context}"
+            )
 
     def advance(self, i: int, batches: Sequence[Batch], collector: Collector | None = None) -> None:
         """Pass the rows through block `i`; a `collector` hears what enters its matrices.
