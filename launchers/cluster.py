@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import subprocess
 import sys
@@ -30,13 +31,19 @@ class Resources:
     python: str | None  # the command that starts Python, such as one of a container
 
 
+_MEMORY = {"mem", "mem_gb", "mem_per_cpu", "mem_per_gpu"}
+
+
 def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resources:
     """The resources of `kind`: those of `default`, changed by its own.
 
     Raises:
         ValueError: one cannot be.
     """
-    asked = {k: v for k, v in {**(given.get(DEFAULT) or {}), **(given.get(kind) or {})}.items() if v is not None}
+    default, own = given.get(DEFAULT) or {}, given.get(kind) or {}
+    if _MEMORY & own.keys():  # one of them stands for all
+        default = {k: v for k, v in default.items() if k not in _MEMORY}
+    asked = {k: v for k, v in {**default, **own}.items() if v is not None}
     python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
     cpus, gpus, nodes = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0), asked.get("nodes", 1)
     minutes, told = asked.get("timeout_min", 5), asked.get("signal_delay_s", 90)  # submitit's defaults
@@ -75,7 +82,7 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     asked["setup"] = [
         f"export {threads}",
         "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK",  # since SLURM 22.05 srun does not take it from sbatch
-        f"export PYTHONPATH={ROOT}${{PYTHONPATH:+:$PYTHONPATH}}",
+        f"export PYTHONPATH={shlex.quote(str(ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}",
         *setup,
     ]
     return Resources(cpus, gpus * nodes, {_OWN.get(k, k): v for k, v in asked.items()}, python)

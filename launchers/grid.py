@@ -7,9 +7,9 @@ import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from hydra.core.utils import JobReturn, JobStatus, configure_log, filter_overrides, setup_globals
 from hydra.types import HydraContext
@@ -30,9 +30,11 @@ from ssgr.queue import Records
 from ssgr.store import Store
 from ssgr.sweep import Sweep, code, read
 
+T = TypeVar("T")
 _log = logging.getLogger("ssgr")
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _POLL = 2.0  # seconds between two looks at the queue
+_PAUSES = (15, 60, 120, 300, 405)  # seconds, where the scheduler does not answer
 
 
 @contextlib.contextmanager
@@ -240,13 +242,33 @@ def _typical(store: Store, todo: Sequence[Stage]) -> dict[str, float]:
     return out
 
 
+def _patiently(ask: Callable[[], T], sweep: Sweep) -> T:
+    """What the scheduler answers; it may be away for minutes, while the jobs go on.
+
+    Raises:
+        ValueError: it did not answer for a quarter of an hour.
+    """
+    for pause in _PAUSES:
+        try:
+            return ask()
+        except ValueError as error:
+            print(f"[WARNING] {error}; asked again in {pause} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    try:
+        return ask()
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; no longer watched, and the jobs go on: python -m ssgr.status {sweep.folder}"
+        ) from error
+
+
 def _watch(sweep: Sweep, store: Store) -> None:
     """Show how far it is until no job of it is left."""
     console = Console()
     with Live(console=console, refresh_per_second=1, transient=True) as screen:
         said = ""
         while True:
-            live = Records(store.root).live()
+            live = _patiently(Records(store.root).live, sweep)
             found = status.states(sweep, store, live)
             if console.is_terminal:
                 screen.update(status.show(sweep, found))

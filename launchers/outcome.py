@@ -36,14 +36,19 @@ def value(result: RunResult) -> float:
 def finish() -> None:
     """Print the table and the cells that failed, and leave the page of a sweep in its folder."""
     runs = len({cell.path for cell in DONE})
-    if cells := told_apart(DONE):
+    try:
+        cells = told_apart(DONE)
+    except ValueError as error:  # the results stay, and the page says what is the matter too
+        cells = []
+        print(f"[WARNING] no table: {error}", file=sys.stderr)
+    if cells:
         table.show(table.rows(cells))
         if any(len({cell.fields[repeat] for cell in cells}) > 1 for repeat in ("draw", "seed")):
             control = "calib=matched" if any(cell.fields["calib"] == "matched" for cell in cells) else None
             table.show(table.means(cells, against=control), "means over draws and seeds")
     if runs > 1 and any(_STAGES):
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
-    if FAILED and (DONE or len(FAILED) > 1):
+    if FAILED:
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)
     for folder in dict.fromkeys(cell.path.parent.parent for cell in DONE):
         if (folder / "multirun.yaml").exists():  # Hydra's mark of a sweep; a single run has a table

@@ -159,7 +159,11 @@ def _metric(cell: Cell) -> str:
 def _config(cell: Cell) -> dict[str, Any]:
     bench, group = cell.fields["bench"], cell.result["config"]["bench"]
     own = next((b for b in group.get("benches", {}).values() if b["name"] == bench), group)
-    decoding = {**own["decoding"], **group.get("decoding", {})} if "decoding" in own else {}
+    decoding = (
+        own["decoding"] | {k: v for k, v in group.get("decoding", {}).items() if v is not None}
+        if "decoding" in own
+        else {}
+    )
     generation = {
         "do_sample": decoding.get("temperature", 0) > 0,
         "temperature": decoding.get("temperature"),

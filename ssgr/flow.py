@@ -231,7 +231,6 @@ class Flow:
         """The pruned checkpoint; what needs no statistics does not depend on the calibration."""
         x = self.x
         collected = self.collected(chosen)
-        blind = x.pruner.statistic == "none"
         listens = x.pruner.statistic != "none" and x.passing.propagate == "pruned"
         inputs = {"select": chosen.key} if listens else {}
         inputs |= {"collect": collected.key} if collected else {}
@@ -252,7 +251,7 @@ class Flow:
             result = prune.prune(x.model, self.tokenizer, calibration, method, *how)
             (work / RESULT).write_text(json.dumps(to_json(result), indent=1))
             own = {**inputs, "prune": keys.key("prune", prune.VERSION, config, inputs)}
-            self._write_card(work / CHECKPOINT, result, config, None if blind else _calibration(chosen), own)
+            self._write_card(work / CHECKPOINT, result, config, _calibration(chosen) if inputs else None, own)
 
         return self._stage("prune", "prune", prune.VERSION, config, inputs, make)
 

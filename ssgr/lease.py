@@ -182,7 +182,13 @@ def _is_dead(text: str) -> bool:
         if {name: holder[name] for name in ("host", "pids")} != _whereabouts():
             return False
         return bool(psutil.Process(holder["pid"]).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
+    except psutil.NoSuchProcess:  # or one of another user, where /proc hides those
+        try:
+            os.kill(holder["pid"], 0)
+        except ProcessLookupError:
+            return True
+        except OSError:
+            return False
+        return False
     except (ValueError, KeyError, TypeError, psutil.Error):
         return False

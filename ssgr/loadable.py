@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel  # by name only: its import takes seconds
+
+TODAY = {"strftime_now": datetime(2025, 1, 1).strftime}  # for templates that print it: prompts are the same every day
 
 
 class Loadable(Protocol):

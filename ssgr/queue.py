@@ -20,8 +20,8 @@ from ssgr.files import write_json
 
 FOLDER = "jobs"  # in the store
 _AT_ONCE = 200  # names in one question to squeue
+_LEAVING = "COMPLETING"  # it ends, or is put into the queue again
 _ENDING = (
-    "COMPLETING",
     "COMPLETED",
     "CANCELLED",
     "FAILED",
@@ -104,7 +104,7 @@ class Records:
         out: dict[str, Queued] = {}
         for one, jobs in self._queue():
             one = one if one.job or not jobs else replace(one, job=_array(jobs))
-            by_id = {job.job: job for job in jobs}
+            by_id = {job.job: job for job in jobs if job.state != _LEAVING}
             for i, keys in enumerate(one.tasks):
                 if (job := by_id.get(one.id(i))) is not None:
                     out |= dict.fromkeys(keys, job)

@@ -294,9 +294,11 @@ def _fill(order: Sequence[int], lengths: Sequence[int], tokens: int, strata: Seq
 
 
 def left_over(candidates: Candidates, drawn: Sequence[Row], tokens: int, seed: int) -> tuple[Row, ...]:
-    """At most `tokens` tokens of random rows that were not drawn; fewer, or none, where the pool is used up."""
-    used = {row.id for row in drawn}
-    rest = [row for row in candidates.rows if row.id not in used]
+    """At most `tokens` tokens of random rows of which none was drawn, nor another attempt at the same problem, which may be
+    the same text; fewer, or none, where the pool is used up."""
+    problem: Callable[[Row], str] = lambda row: row.id.rsplit("#", 1)[0]
+    used = {problem(row) for row in drawn}
+    rest = [row for row in candidates.rows if problem(row) not in used]
     random.Random(f"held out/{seed}").shuffle(rest)
     out = []
     for row in rest:

@@ -69,7 +69,8 @@ class Text:
             how: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": True}
             data = datasets.load_dataset(self.name, self.subset, **how)
             for row in data if seed is None else data.shuffle(seed=seed, buffer_size=1000):
-                yield str(row[self.column])
+                if row[self.column]:
+                    yield str(row[self.column])
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
             raise ValueError(
                 f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "

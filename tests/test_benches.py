@@ -118,8 +118,10 @@ def test_options_are_shuffled_by_seed_and_problem() -> None:
     ("row", "said"),
     [({"q": "?", "c": ["a", "b"], "answer": "C"}, "none of them"), ({"q": "?", "c": [], "answer": 0}, "0 choices"),
      ({"q": "?", "c": ["a", "b"], "answer": None}, "no answer in column 'answer'"), ({"c": ["a"], "answer": 0}, "no question"),
-     ({"q": "?", "c": "['0', '4']", "answer": 1}, r"row 7: choices in column 'c' are no list but .*; its columns are q, c"),
-     ({"q": "?", "answer": 1}, "are no list but None")],
+     ({"q": "?", "c": "['0', '4']", "answer": 1}, r"row 7: choices in column 'c' are no list of .*; its columns are q, c"),
+     ({"q": "?", "answer": 1}, "are no list of texts but None"),
+     ({"q": "?", "c": [{"text": "a"}, {"text": "b"}], "answer": 1}, "are no list of texts"),
+     ({"q": "?", "c": {"text": ["a", "b"], "label": ["X", "Y"]}, "answer": "A"}, "none of them")],
 )  # fmt: skip
 def test_bad_choices_are_named(row: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
@@ -137,11 +139,13 @@ def test_options_in_columns_of_their_own_may_be_zero_or_lacking_but_for_the_righ
 
 
 def test_options_with_labels_are_read_as_in_arc() -> None:
-    options = {"text": ["ice", "fire", "sand"], "label": ["1", "2", "3"]}
+    options: dict[str, list[Any]] = {"text": ["ice", "fire", "sand"], "label": ["1", "2", "3"]}
     read = Columns("question", "answerKey", choices="choices").problem(
         {"question": "What burns?", "choices": options, "answerKey": "2"}, 1, "s"
     )
     assert (read.answer, read.question) == ("B", "What burns?\n\nA. ice\nB. fire\nC. sand")
+    options["label"] = [1, 2, 3]
+    assert Columns("q", "a", choices="c").problem({"q": "?", "c": options, "a": 2}, 1, "s").answer == "B"
     options["label"] = ["A", "B", "C"]
     assert Columns("q", "a", choices="c").problem({"q": "?", "c": options, "a": "C"}, 1, "s").answer == "C"
 

@@ -280,7 +280,12 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
             ("10000", "10\\,000"), ("10000", "10~000"), ("10000", "10 000"), ("10\\,080", "10080"),
             ("1234567", "1\\ 234\\ 567"))),
         ("2, 300", "\\boxed{2, 300}", RIGHT), ("2m", "\\boxed{2}", WRONG), ("2m", "\\boxed{2m}", RIGHT),
-        ("2", "\\boxed{2m}", RIGHT),
+        ("2", "\\boxed{2m}", RIGHT), ("2m", "Let m be the number of men. \\boxed{2}", WRONG),
+        ("16m", "\\boxed{16\\text{ meters}}", RIGHT),
+        *((gold, f"\\boxed{{{answer}}}", RIGHT) for gold, answer in (
+            ("x^2y", "yx^2"), ("3a^2b", "3ba^2"), ("x_1y", "yx_1"), ("2e", "2\\exp(1)"))),
+        *(("5", f"\\boxed{{3}}{words}\\boxed{{5}}", RIGHT) for words in ("\n\nSo ", " no: ", ". \u6240\u4ee5 ")),
+        ("3, 4", "\\boxed{3} cm and \\boxed{4} cm", RIGHT),
         ("5\\text{ m}", "5", RIGHT), ("7", "\\boxed{3}. Wait, that is wrong.\n\n\\boxed{7}", RIGHT),
         ("3, 4", "\\boxed{3} and \\boxed{4}", RIGHT), ("3, 4", "$x=\\boxed{3}$, $y=\\boxed{4}$", RIGHT),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),

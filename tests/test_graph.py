@@ -280,6 +280,19 @@ def test_a_disk_that_fills_during_a_submission_loses_nothing(
     assert made == Counter(sweep.graph.stages.keys())
 
 
+def test_a_job_that_is_put_into_the_queue_again_is_not_forgotten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM calls it COMPLETING meanwhile, as it calls one that ends for good."""
+    records = Records(tmp_path)
+    records.write(Submitted("ssgr-prune-a", "prune", (("p",),), "logs", job="77"))
+    for state, live in (("RUNNING", {"p"}), ("COMPLETING", set()), ("PENDING", {"p"})):
+        queue = {"ssgr-prune-a": [Queued("77", state, "None", "0:01")]}
+        monkeypatch.setattr("ssgr.queue.squeue", lambda names, queue=queue: {name: queue[name] for name in names})
+        records.settle()
+        assert set(records.live()) == live and not records.read()[0].ended, state
+
+
 def test_a_stage_that_failed_fails_all_that_need_it_and_no_other() -> None:
     graph = grid(2, 2)
     cause = graph.failed_by(["sel-c1"])
@@ -292,6 +305,7 @@ def test_resources_are_those_of_the_kind_over_the_default() -> None:
         "default": {"cpus_per_task": 2, "partition": "cpu", "timeout_min": 30},
         "prune": {"partition": "gpu", "gpus_per_node": 8},
     }
+    assert resources({"default": {"mem_gb": 32}, "prune": {"mem": "200G"}}, "prune").asked["mem"] == "200G"
     asked = resources(given, "prune")
     assert (asked.cpus, asked.gpus, asked.asked["partition"], asked.asked["time"]) == (2, 8, "gpu", 30)
     assert "OMP_NUM_THREADS=2" in asked.asked["setup"][0]

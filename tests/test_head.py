@@ -107,10 +107,11 @@ def test_the_output_layer_is_pruned_by_what_enters_it(
     assert result.sparsity_with_embeddings == pytest.approx((zeros + int((found_OI == 0).sum())) / whole)
 
 
-def test_it_stays_dense_where_it_is_excluded(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pattern", ["lm_head", "*head"])
+def test_it_stays_dense_where_it_is_excluded(pattern: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = llama()
     before = model.lm_head.weight.detach().clone()
-    pruner = Wanda(include=("*", "lm_head"), exclude=("lm_head",))
+    pruner = Wanda(include=("*", "lm_head"), exclude=(pattern,))
     result = prune(model, tokenizer, calibration(), pruner, Unstructured(0.5), tmp_path)
     assert torch.equal(model.lm_head.weight, before) and not any(layer.name == "lm_head" for layer in result.layers)
 

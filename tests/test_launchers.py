@@ -221,9 +221,11 @@ def test_a_cell_in_use_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFi
 
     store = Store(tmp_path / "store")
     (store._open("prune") / "d.work").mkdir()
+    store.run("sample", "a", lambda work: None)
     lease = Lease(store.root / "prune" / "d", 1.0)
     assert lease.take(60) is None
     with lease:
         assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path)]) == 0
         assert "in use, kept" in capsys.readouterr().out
     assert (store.root / "prune" / "d.work").exists()
+    assert (store.root / "sample" / "a").exists(), "what works there may be about to read it"

@@ -143,6 +143,9 @@ def test_tasks_of_your_own_are_keyed_by_what_they_hold(tmp_path: Path) -> None:
     own = lambda folder: digest(LmEvalTask("t", "t", "acc", folder=str(folder)))
     first = own(tmp_path / "one")
     assert first == own(tmp_path / "other") == own(f"{tmp_path}/one/")
+    (tmp_path / "one" / ".git").mkdir()
+    (tmp_path / "one" / ".git" / "index").write_text("changes by itself")
+    assert own(tmp_path / "one") == first
     (tmp_path / "one" / "t.yaml").write_text("task: t\nnum_fewshot: 5\n")
     assert own(tmp_path / "one") != first
     assert digest(LmEvalTask("t", "t", "acc", batch_size=3)) == digest(LmEvalTask("t", "t", "acc")) != first

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 import ssgr
@@ -389,3 +390,20 @@ def test_what_is_cached_is_made_once_and_again_if_it_is_damaged(
         assert files.cached("a/b", make) == made[0] and len(made) == times
     monkeypatch.setenv("XDG_CACHE_HOME", str(file))
     assert files.cached("a/b", make) == made[0] and len(made) == 4, "where there can be no cache, it is made each time"
+
+
+def test_a_process_that_proc_hides_is_not_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of another user, where /proc is mounted with hidepid: psutil does not see it, the system knows it."""
+    one, other = Lease(tmp_path / "a", 1.0), Lease(tmp_path / "a", 1.0)
+
+    def hidden(pid: int) -> None:
+        raise psutil.NoSuchProcess(pid)
+
+    def forbidden(pid: int, signal_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("ssgr.lease.psutil.Process", hidden)
+    assert one.take(60.0) is None
+    with one:
+        monkeypatch.setattr("ssgr.lease.os.kill", forbidden)
+        assert other.take(60.0) is not None

@@ -35,9 +35,9 @@ _SCIENTIFIC = re.compile(
 _SMALL = 1e-3
 _MOST = 1_000_000  # seconds or GiB: more than any machine has, and less than the system's calls refuse
 _COMMAND, _WORD = re.compile(r"\\[A-Za-z]+"), re.compile(r"[^\W\d_]{3}|\n")
-_BETWEEN = re.compile(
-    r"(?<![A-Za-z\\])(?!and(?![A-Za-z]))[A-Za-z]{3}"
-)  # a word, where only and, or and signs part boxes of one answer
+_BETWEEN = re.compile(  # a word, where only and, or, units and signs part the boxes of one answer
+    r"(?<![^\W\d_])(?<!\\)(?!(?:and|or|cm|mm|km|kg|mg|ml|ft)(?![^\W\d_]))[^\W\d_]{2,}", re.IGNORECASE
+)
 _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is there
     r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
 )
@@ -333,7 +333,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     if not found:
         return Verdict.NO_ANSWER, None, None
     text, raised = str(found[-1]), ""
-    if (last := _LETTER.search(gold)) and not re.search(rf"(?<![A-Za-z]){last[1]}(?![A-Za-z])", answer):
+    if (last := _LETTER.search(gold)) and _bare(golds) and _bare(found) and last[1] not in _told(answer):
         return Verdict.WRONG, text, None
     for one_gold, one in product(golds, found):
         try:
@@ -344,6 +344,17 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         except Exception as error:
             raised = f"comparing raised {type(error).__name__}"
     return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
+
+
+def _bare(found: Sequence[Any]) -> bool:
+    """Whether a number was read, and nothing else but its text."""
+    return all(isinstance(one, str) or getattr(one, "is_number", False) for one in found)
+
+
+def _told(answer: str) -> str:
+    """The text that an answer was read from: what is in its last box, or all of it."""
+    boxes = [found.end() for found in _BOX.finditer(answer)]
+    return answer[boxes[-1] : _end_of_box(answer, boxes[-1])] if boxes else answer
 
 
 def _earlier_boxes(answer: str) -> int:

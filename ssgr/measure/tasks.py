@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -13,7 +14,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.errors import first_line
-from ssgr.loadable import Loadable
+from ssgr.loadable import TODAY, Loadable
 from ssgr.records import Item, Trace
 
 
@@ -45,7 +46,7 @@ class LmEvalTask:
     traces: ClassVar[Any] = None
 
     def key_content(self) -> object:
-        """Task files of your own are keyed by what they hold."""
+        """Task files of your own are keyed by what they hold, those of `folder`; not what they read elsewhere."""
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("key", True)}
         return {**kept, "folder": _sums(Path(self.folder).expanduser()) if self.folder else None}
 
@@ -75,7 +76,8 @@ class LmEvalTask:
         except Exception as error:
             raise self._cannot(error) from error
         declared = self._check_metric(tasks)
-        wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, batch_size=self.batch_size)
+        how = {"batch_size": self.batch_size, "chat_template_args": TODAY}
+        wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, **how)
 
         def evaluated(limit: int | None) -> list[Item]:
             try:
@@ -141,9 +143,10 @@ class LmEvalTask:
 
 
 def _sums(folder: Path) -> list[tuple[str, str]]:
-    """The files of `folder` and their SHA-256, without what Python compiles."""
-    found = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
-    return [(str(file.relative_to(folder)), hashlib.sha256(file.read_bytes()).hexdigest()) for file in found]
+    """The files of `folder` and their SHA-256, without hidden ones and what Python compiles."""
+    found = sorted((str(file.relative_to(folder)), file) for file in folder.rglob("*") if file.is_file())
+    seen = [(name, file) for name, file in found if not re.search(r"(^|/)(\.|__pycache__/)", name)]
+    return [(name, hashlib.sha256(file.read_bytes()).hexdigest()) for name, file in seen]
 
 
 def _tasks(found: dict[Any, Any]) -> list[Any]:

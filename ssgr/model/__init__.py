@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +27,7 @@ from transformers import (
 )
 
 from ssgr import files
+from ssgr.loadable import TODAY
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
 from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, Checkpoint, beside, weight_files
@@ -36,7 +36,6 @@ from ssgr.thinking import Thinking
 
 _PACKAGED = "pkg://"
 _READ_ALWAYS = 1 << 28  # bytes, which take less than a second: checksums of larger files are remembered
-_TODAY = {"strftime_now": datetime(2025, 1, 1).strftime}  # for templates that print it: prompts are the same every day
 _log = logging.getLogger("ssgr")
 
 
@@ -219,7 +218,7 @@ class Model:
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": question})
         try:
-            how: dict[str, Any] = {**_TODAY, **self.chat}
+            how: dict[str, Any] = {**TODAY, **self.chat}
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
             given = _gives_the_turn(tokenizer, self.system, json.dumps(dict(self.chat), default=str))
         except TemplateError as error:
@@ -246,7 +245,7 @@ def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat
     """Whether a prompt ends where the answer begins: its template adds a generation prompt, or needs none (Mistral's)."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "Question."})
-    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **{**_TODAY, **json.loads(chat)})
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **{**TODAY, **json.loads(chat)})
     prompt, without = (str(render(turns, add_generation_prompt=on)) for on in (True, False))
     if prompt != without:
         return True

@@ -102,15 +102,17 @@ class Columns:
             labels: Any = None
             if isinstance(listed, Mapping):  # as ARC has them
                 labels, listed = listed.get("label"), listed.get("text")
-            if not isinstance(listed, (list, tuple)):
+            if not isinstance(listed, (list, tuple)) or any(isinstance(one, Mapping) for one in listed):
                 raise _BadRow(
-                    f"{where}: choices in column {self.choices!r} are no list but {listed!r:.60}; its columns are "
+                    f"{where}: choices in column {self.choices!r} are no list of texts but {listed!s:.60}; its columns are "
                     f"{', '.join(row)}. Type problems.columns.choices=COLUMN, or '[COLUMN,COLUMN,...]' with the right one first"
                 )
             options, given = [str(one) for one in listed], str(row[self.answer]).strip()
             right = ord(given.upper()) - ord("A") if given.isalpha() and len(given) == 1 else -1
             right = int(given) if given.isdigit() else right
-            right = labels.index(given) if labels and given in labels else right
+            if labels:
+                told = [str(one).strip() for one in labels]
+                right = told.index(given) if given in told else -1
         else:
             names = list(self.choices or ())
             if _blank(row.get(names[0]) if names else None):

@@ -68,9 +68,9 @@ class DSnoT:
 
     @property
     def work(self) -> tuple[int, int]:
-        """That of the base, and what the refinement of its masks takes."""
+        """That of the base, and what the refinement takes, most where there are fewer outputs than are refined at once."""
         weight, pair = self.base.work
-        return max(weight, 20) + 12, pair
+        return weight + 32, pair
 
     def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
         """What the base scores, (O, I)."""

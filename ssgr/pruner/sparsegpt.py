@@ -36,7 +36,7 @@ class SparseGPT:
     block: int = 128
     damping: float = 0.01
     name: str = "sparsegpt"
-    work: ClassVar[tuple[int, int]] = (4, 20)
+    work: ClassVar[tuple[int, int]] = (10, 20)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "include", tuple(self.include))

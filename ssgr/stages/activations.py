@@ -101,28 +101,30 @@ def _spans(row: Row, weights: Sequence[float], parts: bool, scope: Scope | None,
     return spans
 
 
-def groups(rows: Sequence[Passage]) -> list[list[int]]:
+def groups(rows: Sequence[Passage], apart: int | None = None) -> list[list[int]]:
     """Indices of the rows of `passages` in batches of at most _BATCH_TOKENS padded tokens.
 
-    Held-out rows have batches of their own: without them the others are the same, and so is every rounding.
+    Held-out rows have batches of their own: without them the others are the same, and so is every rounding. So have rows of
+    more than `apart` tokens.
     """
     out: list[list[int]] = []
     for i, row in enumerate(rows):
         fits = bool(out) and (len(out[-1]) + 1) * len(row.ids) <= _BATCH_TOKENS
-        if not fits or row.held_out != rows[i - 1].held_out:
+        over = bool(apart and i and len(rows[i - 1].ids) <= apart < len(row.ids))
+        if not fits or over or row.held_out != rows[i - 1].held_out:
             out.append([])
         out[-1].append(i)
     return out
 
 
-def padded_tokens(rows: Sequence[Passage]) -> int:
+def padded_tokens(rows: Sequence[Passage], apart: int | None = None) -> int:
     """Tokens of all batches with their padding."""
-    return sum(len(group) * len(rows[group[-1]].ids) for group in groups(rows))
+    return sum(len(group) * len(rows[group[-1]].ids) for group in groups(rows, apart))
 
 
-def largest_batch(rows: Sequence[Passage]) -> tuple[int, int]:
+def largest_batch(rows: Sequence[Passage], apart: int | None = None) -> tuple[int, int]:
     """Rows and padded tokens of a row of the batch that has the most tokens."""
-    return max(((len(group), len(rows[group[-1]].ids)) for group in groups(rows)), key=math.prod, default=(0, 0))
+    return max(((len(group), len(rows[group[-1]].ids)) for group in groups(rows, apart)), key=math.prod, default=(0, 0))
 
 
 def first_inputs(
@@ -132,13 +134,14 @@ def first_inputs(
     device: torch.device,
     file: Path | None,
     mine: Callable[[int], bool] = lambda i: True,
+    apart: int | None = None,
 ) -> list[Batch]:
     """What reaches the blocks, batch by batch: causal attention keeps padding on the right from real tokens.
 
     The first block and what comes before it must have weights; the others need none. The hidden states lie in `file`,
     mapped into memory, or in memory where it is None. Only batches whose number is `mine` are made.
     """
-    members = [group for i, group in enumerate(groups(rows)) if mine(i)]
+    members = [group for i, group in enumerate(groups(rows, apart)) if mine(i)]
     widths = [len(rows[group[-1]].ids) for group in members]
     tokens, room = sum(len(group) * width for group, width in zip(members, widths, strict=True)), torch.empty(0)
     batches: dict[int, Batch] = {}

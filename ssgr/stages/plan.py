@@ -101,10 +101,10 @@ def plan(
     each = [(sum(m.shape[0] * m.shape[1] for m in some), some[0].shape[1] ** 2) for own in layers for some in sets(own)]
     work = max((2 * _FLOAT + weight) * weights + pair * pairs for weights, pairs in each) if pruner else 0
     hidden = getattr(config, "hidden_size", 0)
-    tokens = padded_tokens(rows) // walk.ranks.count
+    tokens = padded_tokens(rows, walk.apart) // walk.ranks.count
     activations = tokens * hidden * size
     inside = tokens * (3 * hidden + max(m.shape[1] for m in every)) * size if pauses else 0
-    together, length = largest_batch(rows)
+    together, length = largest_batch(rows, walk.apart)
     widest = max(max(m.shape) for m in every)
     batch = together * length * ((4 * hidden + 3 * widest) * size + widest * _FLOAT)
     if config._attn_implementation == "eager":  # it writes its scores out

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
@@ -223,7 +224,8 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
     tail = [Tail(model, blocks)] if prunes_head(model, pruner.include, pruner.exclude) else []
     for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
         for pattern in patterns:
-            if not any(names(block, pattern) for block in blocks) and pattern != output_layer(model):
+            ends = fnmatch(output_layer(model), pattern) if option == "exclude" else pattern == output_layer(model)
+            if not ends and not any(names(block, pattern) for block in blocks):
                 every = sorted({name for block in blocks for name in names(block, "*")} | {output_layer(model)} - {""})
                 raise ValueError(f"pruner.{option}: {pattern!r} matches no layer; layers are {', '.join(every)}")
     compare = getattr(type(pruner), "compare", None)

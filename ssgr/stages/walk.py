@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -122,11 +122,24 @@ class Walk:
                 put(self.model, name, buffer.to(self.device))
         try:
             with self.clock.timed("forward"):
-                return first_inputs(self.model, self.decoder, rows, self.device, file, self.ranks.mine)
+                return first_inputs(self.model, self.decoder, rows, self.device, file, self.ranks.mine, self.apart)
         finally:
             for name, parameter in before.items():
                 put(self.model, name, parameter)
             empty(self.blocks[0])
+
+    @property
+    def apart(self) -> int | None:
+        """The length of rows beyond which the model turns all positions of a batch otherwise (rope_type=longrope), if any."""
+        config = self.model.config.get_text_config()
+        rope = getattr(config, "rope_parameters", None) or {}
+        if "'longrope'" not in str(rope):
+            return None
+        named = [rope, *(one for one in rope.values() if isinstance(one, Mapping)), vars(config)]
+        found = [
+            one["original_max_position_embeddings"] for one in named if one.get("original_max_position_embeddings")
+        ]
+        return int(found[0]) if found else None
 
     def _check_positions(self, longest: int) -> None:
         """See that what a row is does not depend on the rows beside it.

@@ -15,6 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssgr.lease import Lease
+from ssgr.queue import Records
 from ssgr.store import MANIFEST, Store
 from ssgr.sweep import MANIFEST as SWEEP
 
@@ -54,6 +55,16 @@ def referred(folders: Sequence[Path]) -> set[str]:
             out |= set(json.loads(file.read_text())["keys"].values())
         for file in folder.rglob(SWEEP):
             out |= {stage["key"] for stage in json.loads(file.read_text())["stages"]}
+    return out
+
+
+def submitted(store: Store) -> set[str]:
+    """The keys of the sweeps whose jobs have not all left the queue, as far as is known here."""
+    out: set[str] = set()
+    for one in Records(store.root).read():
+        if not one.ended:
+            out |= {key for keys in one.tasks for key in keys}
+            out |= referred([folder for folder in Path(one.folder).parents[:2] if (folder / SWEEP).exists()])
     return out
 
 
@@ -142,13 +153,18 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
     folders = [folder for folder in args.outputs if folder.is_dir()]
     if not folders:
         raise ValueError(f"none of {', '.join(map(str, args.outputs))} is a folder of runs; type --outputs DIR")
-    found = unreferred(list(entries(store)), referred(folders))
+    found = unreferred(list(entries(store)), referred(folders) | submitted(store))
+    found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here
+    busy = False
     freed = 0
     for entry in found:
-        gone = args.delete and delete(store, entry)
+        gone = args.delete and not (busy and entry.kind == "result") and delete(store, entry)
+        busy = busy or (args.delete and not gone)
         freed += entry.bytes if gone else 0
         word = "removed" if gone else "in use, kept" if args.delete else "nothing refers to"
         print(f"{word} {entry.path} ({entry.kind}, {size(entry.bytes)})")
+    if busy:
+        print("a process works in this store, and may need any result: type this again when it has ended")
     total = size(sum(entry.bytes for entry in found))
     print(
         f"{size(freed)} were freed" if args.delete else f"{total} could be freed: type python -m ssgr.store gc --delete"
