@@ -110,6 +110,20 @@ def test_what_changes_no_result_or_follows_from_a_choice_is_no_column(tmp_path: 
     assert set(find([tmp_path])[0].fields) == set(read(tmp_path / "a" / "result.json")[0].fields)
 
 
+@pytest.mark.parametrize(
+    ("group", "first", "other", "column"),
+    [("bins", {"name": "none"}, {"name": "difficulty_length", "_target_": "ssgr.bins.Bins"}, "bins.name"),
+     ("grader", {"_target_": "ssgr.grader.exact.Exact"}, {"_target_": "ssgr.grader.math.MathVerify"}, "grader._target_")],
+)  # fmt: skip
+def test_choices_of_a_group_without_a_column_of_its_own_are_told_apart(
+    group: str, first: dict[str, str], other: dict[str, str], column: str, tmp_path: Path
+) -> None:
+    for i, choice in enumerate((first, other)):
+        cell(tmp_path / str(i), [bool(i)], **{group: choice})
+    own = column.rpartition(".")[2]
+    assert {one.fields[column] for one in find([tmp_path])} == {first[own], other[own]}
+
+
 def test_a_mark_says_that_the_grader_failed(tmp_path: Path) -> None:
     for draw in (0, 1):
         cell(tmp_path / str(draw), [True], calib__draw=draw)

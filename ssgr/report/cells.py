@@ -100,7 +100,8 @@ def told_apart(cells: Sequence[Cell]) -> list[Cell]:
     seen: dict[tuple[str, str], set[str]] = defaultdict(set)
     for cell, own in zip(made.values(), settings, strict=True):
         for name, value in own.items():
-            seen[name, _choice(cell.result["config"], name)].add(value)
+            chosen = name.partition(".")[0] not in cell.fields and name.endswith(("._target_", ".name"))
+            seen[name, "" if chosen else _choice(cell.result["config"], name)].add(value)
     differ = sorted({name for (name, _), values in seen.items() if len(values) > 1})
     told = [
         replace(cell, fields=cell.fields | {name: own.get(name, "") for name in differ})

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from ssgr.calib import Material, Source
 from ssgr.records import CalibrationSet, Row
-from ssgr.scope import Scope
+from ssgr.scope import BOTH, Scope
 from ssgr.select import Budget, Policy, draw, fit_rows, left_over, match
 
 VERSION = 3
@@ -52,7 +53,7 @@ def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:
         "difficulty": (policy.difficulty.name, not policy.difficulty.holds_all),
         "length": (policy.length.name, not policy.length.holds_all),
         "select.balance": (policy.balance, policy.balance != "none"),
-        "scope": (scope.name, scope.name != "both"),
+        "scope": (scope.name, scope != replace(BOTH, name=scope.name)),
     }
     for group, (value, filters) in chosen.items():
         if filters and ("difficulty" if group == "select.balance" else group) not in source.uses:
