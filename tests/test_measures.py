@@ -136,6 +136,16 @@ def test_a_metric_of_all_documents_at_once_is_refused_before_the_model_is_loaded
         LmEvalTask("sums", "sums_of_all", metric, folder=str(sums)).measure(unused, tokenizer, ())
 
 
+def test_a_loss_that_is_no_number_is_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    model = random_model(vocabulary=512)
+    model.lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(
+        ValueError, match=r"the loss of own/0 is nan: the model overflows there; type model.dtype=float32"
+    ):
+        Perplexity("own", str(tmp_path / "text.txt"), window=100).measure(Loaded(model), tokenizer, ())
+
+
 def test_tasks_of_your_own_are_keyed_by_what_they_hold(tmp_path: Path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -63,7 +64,8 @@ class Perplexity:
         """The mean loss of each window or response, in nats a token.
 
         Raises:
-            ValueError: the text is shorter than one window, or cannot be read; or a window is longer than the context.
+            ValueError: the text is shorter than one window, or cannot be read; a window is longer than the context; or a loss
+                is not finite.
         """
         rows = self._windows(tokenizer) if self.text is not None else _responses(traces)[: self.windows]
         if not rows:
@@ -78,9 +80,17 @@ class Perplexity:
         items = []
         with Progress(self.name, len(rows)) as progress:
             for name, ids, first in rows:
-                items.append(Item(name, _loss(loaded, ids, first), len(ids) - first))
+                items.append(Item(name, self._finite(_loss(loaded, ids, first), name), len(ids) - first))
                 progress.step()
         return items
+
+    def _finite(self, loss: float, where: str) -> float:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"bench={self.name}: the loss of {where} is {loss}: the model overflows there; type model.dtype=float32, or "
+                "prune less"
+            )
+        return loss
 
     def _windows(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, tuple[int, ...], int]]:
         enough = (self.windows or 64) * self.window // 8 + 1  # paragraphs of prose: each has more than eight tokens

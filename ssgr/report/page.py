@@ -222,7 +222,10 @@ def _interval(row: dict[str, Any], name: str, signed: bool) -> str:
     if name not in row:
         return ""
     before, sign = ("" if name == "value" else f"{name}_"), ("+" if signed else "")
-    return f"{row[name]:{sign}.3f} [{row[f'{before}low']:{sign}.3f}, {row[f'{before}high']:{sign}.3f}]"
+    mean, low, high = (
+        "too large" if row[key] is None else f"{row[key]:{sign}.3f}" for key in (name, f"{before}low", f"{before}high")
+    )
+    return f"{mean} [{low}, {high}]"
 
 
 def _doubt(row: dict[str, Any], name: str) -> str:
