@@ -38,7 +38,7 @@ def finish() -> None:
     runs = len({cell.path for cell in DONE})
     try:
         cells = told_apart(DONE)
-    except ValueError as error:  # the results stay, and the page says what is the matter too
+    except ValueError as error:  # the results stay, and there is no page either
         cells = []
         print(f"[WARNING] no table: {error}", file=sys.stderr)
     if cells:

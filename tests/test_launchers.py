@@ -6,13 +6,16 @@ import json
 import sys
 import textwrap
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Run
 
+from launchers import grid, outcome
 from ssgr import status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
@@ -229,3 +232,49 @@ def test_a_cell_in_use_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFi
         assert "in use, kept" in capsys.readouterr().out
     assert (store.root / "prune" / "d.work").exists()
     assert (store.root / "sample" / "a").exists(), "what works there may be about to read it"
+
+
+def test_what_a_sweep_with_open_jobs_names_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its folder may lie anywhere, and what it needs was made by another."""
+    store, sweep = Store(tmp_path / "store"), tmp_path / "elsewhere" / "sweep"
+    for key in ("needed", "planned", "other"):
+        store.run("sample", key, lambda work: None)
+    (sweep / "jobs").mkdir(parents=True)
+    (sweep / "sweep.json").write_text(json.dumps({"stages": [{"key": "needed"}]}))
+    record = Submitted("ssgr-sample-a", "sample", (("planned",),), str(sweep / "jobs"), job="7")
+    (tmp_path / "outputs").mkdir()
+    where = ["--store", str(store.root), "--outputs", str(tmp_path / "outputs")]
+    for ended, left in ((False, {"needed", "planned"}), (True, set())):
+        Records(store.root).write(replace(record, ended=ended))
+        assert store_main(["gc", "--delete", *where]) == 0
+        assert {path.name for path in (store.root / "sample").iterdir() if path.is_dir()} == left
+
+
+def test_a_scheduler_that_is_away_for_a_while_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grid, "_PAUSES", (0, 0))
+    sweep: Any = SimpleNamespace(folder="the/sweep")
+    answers: list[object] = [ValueError("squeue failed: no contact"), ValueError("squeue failed: no contact"), 7]
+
+    def ask() -> object:
+        found = answers.pop(0)
+        if isinstance(found, ValueError):
+            raise found
+        return found
+
+    assert grid._patiently(ask, sweep) == 7 and capsys.readouterr().err.count("asked again") == 2
+    answers += [ValueError("squeue failed")] * 3
+    with pytest.raises(
+        ValueError, match=r"squeue failed; no longer watched, and the jobs go on: python -m ssgr.status the/sw"
+    ):
+        grid._patiently(ask, sweep)
+
+
+def test_a_single_cell_that_was_refused_is_told_why(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(outcome, "DONE", [])
+    monkeypatch.setattr(outcome, "FAILED", ["calib=corpus: sparsity.ratio=2: give a ratio below 1"])
+    outcome.finish()
+    assert "1 of 1 cells failed:\n  calib=corpus: sparsity.ratio=2: give a ratio below 1" in capsys.readouterr().err

@@ -30,8 +30,8 @@ class Columns:
 
     Multiple choice: `choices` is the column that lists the options, and the answer a letter or a number from 0, or one of
     the labels where they have some, as in ARC; or it names the columns that hold one option each, the right one first, of
-    which the others may be empty. They are shown as A., B., ... in an order of their own for
-    each problem, drawn with the seed `shuffle` (null: as they stand). What is asked is `prompt` with the question in it.
+    which the others may be empty. They are shown as A., B., ... in an order of their own for each problem, drawn with the
+    seed `shuffle` (null: as they stand). What is asked is `prompt` with the question in it.
 
     Raises:
         ValueError: `prompt` has no place for the question.
@@ -134,8 +134,8 @@ class Columns:
         if self.shuffle is not None:
             random.Random(f"{self.shuffle}/{question}").shuffle(order)
         letters = [chr(ord("A") + n) for n in range(len(options))]
-        lines_ = (f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
-        return "\n".join(lines_), letters[order.index(right)]
+        each = (f"{letter}. {options[i]}" for letter, i in zip(letters, order, strict=True))
+        return "\n".join(each), letters[order.index(right)]
 
 
 def _blank(value: object) -> bool:

@@ -27,7 +27,6 @@ class WandaPP(ByScore):
     alpha: float = 100.0
     name: str = "wandapp"
     statistic: ClassVar[Statistic] = "gradient"
-    work: ClassVar[tuple[int, int]] = (28, 0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
