@@ -14,7 +14,7 @@ import re
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from ssgr.scope import BOTH
 from ssgr.sparsity import NM, Sparsity, Unstructured
 from ssgr.stages import activations
 from ssgr.stages.collect import Collector, Stream
-from ssgr.stages.plan import Memory
+from ssgr.stages.plan import Memory, plan
 from ssgr.stages.prune import Passing, check, prune
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.statistics import collect
@@ -365,10 +365,13 @@ def test_a_family_is_pruned_as_a_naive_walk_prunes_it(
     see_counts(result, got)
 
 
+@pytest.mark.parametrize("pauses", [True, False])
 @pytest.mark.parametrize("name", LAYERWISE)
 def test_a_family_is_pruned_layer_by_layer_as_a_naive_walk_prunes_it(
-    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, pauses: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where all rows do not fit in the middle of a block, and pass through it again for each set."""
+    monkeypatch.setattr("ssgr.stages.prune.plan", lambda *given: replace(plan(*given), pauses=pauses))
     family, cal = (FAMILIES | ODD)[name], weighted()
     model = family.model()
     want = Naive(family, model).prune(cal, wanda, "layer")
@@ -377,7 +380,11 @@ def test_a_family_is_pruned_layer_by_layer_as_a_naive_walk_prunes_it(
     alike(got, want, 1e-4)
 
 
-def test_a_layer_that_runs_twice_asks_for_whole_blocks(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+@pytest.mark.parametrize("pauses", [True, False])
+def test_a_layer_that_runs_twice_asks_for_whole_blocks(
+    pauses: bool, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ssgr.stages.prune.plan", lambda *given: replace(plan(*given), pauses=pauses))
     family = ODD["gemma3n"]
     with pytest.raises(
         ValueError, match=r"layers\.0\.altup\.modality_router runs twice in its block; type order=block"

@@ -173,8 +173,13 @@ class Collector:
             out = forward()
         except _Enough:
             return None
-        self._once = bool(self._linear) and max(self._calls.values(), default=0) == 1
+        self._once = bool(self._linear and self._calls) and not self.twice
         return out
+
+    @property
+    def twice(self) -> bool:
+        """Whether a linear layer ran more than once in the last batch."""
+        return max(self._calls.values(), default=0) > 1
 
     def _with_gradients(self, forward: Callable[[], Tensor]) -> Tensor:
         """Run a batch (N, T, D), and add to the sums of each linear layer the squared gradients of the norms of its rows.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import resource
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -74,18 +75,26 @@ class Memory:
         return ranks
 
 
+@dataclass(frozen=True)
+class Needs:
+    """How what a plan is of has room."""
+
+    mapped: bool  # activations need a file
+    pauses: bool  # the rows may pause inside a block, all of them at once
+
+
 def plan(
     walk: Walk, layers: Sequence[dict[str, Matrix]], statistic: Statistic, rows: Sequence[Passage],
     memory: Memory, folder: Path, disk: int, pruner: Pruner | None, pauses: bool = False,
-) -> bool:  # fmt: skip
-    """Say what passing `rows` through the model needs, and `disk` bytes in `folder`; whether activations need a file.
+) -> Needs:  # fmt: skip
+    """Say what passing `rows` through the model needs, and `disk` bytes in `folder`.
 
     What a `pruner` takes is of all matrices with the same inputs, which it is given together, with copies of them before
     and after.
 
     Where the rows pause inside a block, all of them are there in its middle at once: about three times their hidden states
     and the widest input of a matrix. A batch that runs takes about four of its own and three times what is widest, which
-    sums over it take once more in float32.
+    sums over it take once more in float32. Where that does not fit, they pass through the block again for each set.
 
     Raises:
         ValueError: the disk, the host or the device has less.
@@ -110,35 +119,52 @@ def plan(
     if config._attn_implementation == "eager":  # it writes its scores out
         batch += 2 * _FLOAT * together * getattr(config, "num_attention_heads", 1) * length**2
     mapped = activations > memory.activations_gib * _GIB
-    device = max(block + kept + inside + max(batch, work), block + before + batch if rows else 0)
-    if walk.device.type == "cuda" and not mapped:
-        activations = 1 << (activations - 1).bit_length()  # as pinned memory is given out
-    host = (0 if mapped else activations) + (device + block if walk.device.type == "cpu" else 2 * block)
-    disk += activations * walk.ranks.count if mapped else 0
+    here = activations  # in memory
+    if mapped:
+        disk, here = disk + activations * walk.ranks.count, 0
+    elif walk.device.type == "cuda":
+        here = 1 << (activations - 1).bit_length()  # as pinned memory is given out
+    free = {
+        "memory": min([psutil.virtual_memory().available, *_left_in_groups()]),
+        "memory for a process (ulimit)": min(_left_by_limits(), default=sys.maxsize),
+        "disk": shutil.disk_usage(folder).free,
+    }
+    if walk.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(walk.device) - torch.cuda.memory_allocated(walk.device)
+        free[str(walk.device)] = torch.cuda.mem_get_info(walk.device)[0] + unused
+
+    def needed(inside: int) -> dict[str, int]:
+        """With so much of rows that pause."""
+        device = max(block + kept + inside + max(batch, work), block + before + batch if rows else 0)
+        host = here + (device + block if walk.device.type == "cpu" else 2 * block)
+        of = (host * walk.ranks.here, host, disk, device)
+        return dict(zip(("memory", "memory for a process (ulimit)", "disk", str(walk.device)), of, strict=True))
+
+    needs = needed(inside)
+    again = pauses and any(needs[what] > free[what] for what in free)
+    if again:
+        needs = needed(0)
     verb = "prune" if pruner else "collect"
     _log.info(
         "%s: %s on %s for one block (weights %s, statistics %s, rows inside %s, a batch %s, work %s), %s of activations %s, "
         "%s of disk",
-        verb, _size(device), walk.device, _size(block), _size(kept), _size(inside), _size(batch),
-        _size(work), _size(activations), "in a file" if mapped else "in memory", _size(disk),
+        verb, _size(needs[str(walk.device)]), walk.device, _size(block), _size(kept), _size(0 if again else inside),
+        _size(batch), _size(work), _size(activations if mapped else here), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
-    needs = {
-        "memory": (host * walk.ranks.here, min([psutil.virtual_memory().available, *_left_in_groups()])),
-        "memory for a process (ulimit)": (host, min(_left_by_limits(), default=host)),
-        "disk": (disk, shutil.disk_usage(folder).free),
-    }
-    if walk.device.type == "cuda":
-        unused = torch.cuda.memory_reserved(walk.device) - torch.cuda.memory_allocated(walk.device)
-        needs[str(walk.device)] = (device, torch.cuda.mem_get_info(walk.device)[0] + unused)
-    whole = "order=block, " if pauses else ""
-    for what, (needed, free) in needs.items():
-        if needed > free:
+    for what, left in free.items():
+        if needs[what] > left:
             raise ValueError(
-                f"{verb} needs {_size(needed)} of {what}, and {_size(free)} are free; "
-                + {"disk": "free some, or type store.path=DIR elsewhere", "memory": f"type {whole}memory.activations_gib=0, "
-                   "or a smaller budget.tokens"}.get(what.split()[0], f"type {whole}model.dtype=bfloat16 or device=cpu")
+                f"{verb} needs {_size(needs[what])} of {what}, and {_size(left)} are free; "
+                + {"disk": "free some, or type store.path=DIR elsewhere", "memory": "type memory.activations_gib=0, "
+                   "or a smaller budget.tokens"}.get(what.split()[0], "type model.dtype=bfloat16 or device=cpu")
             )  # fmt: skip
-    return mapped
+    if again:
+        _log.info(
+            "%s: the rows pass through a block again for each set of layers: in its middle they need %s more",
+            verb,
+            _size(inside),
+        )
+    return Needs(mapped, pauses and not again)
 
 
 def _left_in_groups() -> Iterator[int]:

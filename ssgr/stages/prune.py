@@ -42,7 +42,7 @@ from ssgr.stages.pruned import CHECKPOINT, RESULT, read_result
 from ssgr.stages.ranks import Ranks
 from ssgr.stages.solve import Method, Solver
 from ssgr.stages.statistics import Heard, Statistics
-from ssgr.stages.steps import Owners, steps
+from ssgr.stages.steps import Owners, repeated, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
@@ -126,14 +126,15 @@ def _prune(
     if pruner.statistic != "none" and not rows and not stored:
         raise ValueError(f"pruner={pruner.name} needs calibration rows, or what collect has stored of the dense model")
     pauses = bool(rows) and passing.order == "layer" and pruner.statistic != "gradient"
-    mapped = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, pruner, pauses)
+    needs = plan(walk, layers, pruner.statistic if rows else "none", rows, memory, work, disk, pruner, pauses)
+    mapped, pauses = needs.mapped, all(own.every(needs.pauses))
     kept = journal.Journal(walk, work, work / CHECKPOINT)
     done = len(kept.done)
     allocated = (method.allocation, walk, layers, stored, pruner, method.sparsity, method.scope)
     solver = Solver(method, kept.ratios(lambda: allocate.ratios(*allocated)), walk)
     file = activations.file_of(work, own.rank)
     batches = walk.begin(rows, tokenizer, file if mapped else None) if rows and done < len(walk) else []
-    ears = _Ears(walk, layers, batches, pruner.statistic, passing.order, None if rows else stored)
+    ears = _Ears(walk, layers, batches, pruner.statistic, passing.order, None if rows else stored, pauses)
     source: Callable[[int], Checkpoint | None] = lambda i: kept.kept if i < done else None
     with Progress(f"prune {pruner.name}", len(walk), done, shown=own.rank == 0) as progress, Behind() as behind:
         for i, block in walk.filled(range(0 if rows and done < len(walk) else done, len(walk)), source):
@@ -161,27 +162,29 @@ class _Ears:
 
     def __init__(
         self, walk: Walk, layers: Sequence[dict[str, Matrix]], batches: Sequence[Batch], statistic: Statistic,
-        order: str, stored: Statistics | None,
+        order: str, stored: Statistics | None, pauses: bool,
     ) -> None:  # fmt: skip
         self.walk, self.layers, self.batches, self.statistic, self.stored = walk, layers, batches, statistic, stored
         self.order, self.listens, self.owners = order, stored is None and statistic != "none", Owners(walk)
+        self.pauses = pauses  # inside a block, where it is pruned set by set, with all rows in memory
 
     def steps(self, i: int) -> Iterable[tuple[dict[str, Matrix], Heard]]:
         """The matrices of block `i` in the sets in which they are pruned, each with what enters it."""
         layers = self.layers[i]
         if not self.listens or not layers:
             return [(layers, self._looked_up(i))]
-        if self._at_once(i):
+        if self._set_by_set(i):
             owner = self.owners.of(i, layers, self.batches)
-            return steps(self.walk, i, layers, self.batches, self.statistic, owner)
+            return (steps if self.pauses else repeated)(self.walk, i, layers, self.batches, self.statistic, owner)
         return [(layers, self._listened(i))]
 
     def pass_on(self, i: int) -> None:
         """Bring the rows to the block after `i`, if that was not done on the way and anything is left to hear."""
-        if self.listens and i + 1 < len(self.walk) and not (self.layers[i] and self._at_once(i)):
+        passed = self.pauses and self.layers[i] and self._set_by_set(i)
+        if self.listens and i + 1 < len(self.walk) and not passed:
             self.walk.advance(i, self.batches)
 
-    def _at_once(self, i: int) -> bool:
+    def _set_by_set(self, i: int) -> bool:
         whole = self.order == "block" or self.statistic == "gradient"  # a gradient is that of the whole block's output
         return (
             not whole

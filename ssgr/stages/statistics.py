@@ -154,7 +154,7 @@ def _collect(
     widths = [m.shape[1] for own in layers for m in inputs(own)] if statistic == "gram" else []
     there = [file_of(work, i).stat().st_size for i in range(len(walk)) if file_of(work, i).exists()]
     disk = max(0, streams * sum(2 * n * (n + min(n, _STRIP)) for n in widths) - sum(there))
-    mapped = plan(walk, layers, statistic, rows, memory, work, disk, None)
+    mapped = plan(walk, layers, statistic, rows, memory, work, disk, None).mapped
     done = ranks.tell(next((i for i in range(len(walk)) if not file_of(work, i).exists()), len(walk)), 0)
     source, began = walk.source.stamp(), work / _SOURCE
     if ranks.rank == 0:

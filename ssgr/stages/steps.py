@@ -1,7 +1,8 @@
 """Steps: the rows pass through a block once, and stop before each set of matrices until these have been pruned.
 
 Each batch runs in a greenlet of its own: so the forward pass of any block is stopped in its middle without knowing what
-the block looks like.
+the block looks like. Where all rows in the middle of a block do not fit into memory, they pass through it from its beginning
+again for each set, which gives the same numbers.
 """
 
 from __future__ import annotations
@@ -78,6 +79,28 @@ def steps(
         for one in paused:
             one.stop()
         collector.pause = collector.last = None  # they hold the last batch, which holds them
+
+
+def repeated(
+    walk: Walk, i: int, layers: Mapping[str, Matrix], batches: Sequence[Batch], statistic: Statistic,
+    owner: Mapping[str, str],
+) -> Iterator[tuple[dict[str, Matrix], Heard]]:  # fmt: skip
+    """Hand out what `steps` does with one batch in memory at a time: for each set the rows pass through block `i` as far as it.
+
+    Raises:
+        ValueError: a matrix runs twice.
+    """
+    for names in sharing(list(owner), owner):  # in the order in which they run
+        some = {name: layers[name] for name in names}
+        collector = Collector(statistic, some, clock=walk.clock)
+        with collector.listening():
+            walk.listen(i, batches, collector)
+        if collector.twice:
+            raise ValueError(f"{walk.full(i, names[0])} runs twice in its block; type order=block")
+        walk.ranks.add_up(collector, walk.device)
+        yield some, (collector.owner, {key: sums.tensors() for key, sums in collector.sums.items()})
+    if unheard := {name: matrix for name, matrix in layers.items() if name not in owner}:
+        yield unheard, ({}, {})
 
 
 class _Paused:
