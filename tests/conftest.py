@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -187,3 +188,19 @@ def sums(tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         rows.append({"question": f"{a}+{b}=", "choices": choices[:: -1 if right else 1], "answer": right})
     (tasks / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return tasks
+
+
+@contextlib.contextmanager
+def tmpfs(folder: Path, kib: int) -> Iterator[Callable[[int], None]]:
+    """A file system of so many KiB in memory; what is handed out makes it larger."""
+    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("mount"):
+        pytest.skip("only root can mount a file system of its own")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "ssgr-test", str(folder)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"this machine lets nobody mount a file system ({done.stderr.strip()})")
+    try:
+        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True) and None
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)

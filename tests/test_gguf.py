@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from ssgr.model import Model, gguf, gguf_file
 from ssgr.model.checkpoint import Checkpoint
 from ssgr.store import Store
+from tests.conftest import tmpfs
 
 gguf_py = pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -250,6 +251,22 @@ def test_a_conversion_that_was_killed_is_made_again(tokenizer: PreTrainedTokeniz
         (tmp_path / left / "model-00001-of-00009.safetensors").write_bytes(b"half")
     gguf.convert(tmp_path / "m.gguf", tmp_path / "out", "auto")
     assert [file.name for file in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("kib", [150, 250, 420, 440])
+def test_a_disk_that_fills_up(kib: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """One sentence, nothing published, and the same goes on when there is room."""
+    write(tmp_path / "m.gguf", random("llama"), tokenizer)
+    model = Model("x", str(tmp_path / "m.gguf"), device="cpu")
+    with tmpfs(tmp_path / "disk", kib) as grow:
+        store = Store(tmp_path / "disk" / "store")
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"^the disk is full \(No space left on device\) .*again continues"):
+                gguf.stored(model, store)
+            assert not store.keys("convert")
+        grow(8000)
+        made, _ = gguf.stored(model, store)
+        assert torch.equal(logits(made.load()), logits(gguf.stored(model, Store(tmp_path / "whole"))[0].load()))
 
 
 def test_a_cut_file_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

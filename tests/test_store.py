@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors import SafetensorError
 
 import ssgr
 from ssgr import files
@@ -344,12 +345,19 @@ def test_an_unwritable_store_says_what_to_type(tmp_path: Path) -> None:
         Store(tmp_path / "file" / "store")
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize(
+    "error",
+    [
+        *(OSError(number, os.strerror(number)) for number in (errno.ENOSPC, errno.EDQUOT)),
+        SafetensorError(f"Error while serializing: I/O error: No space left on device (os error {errno.ENOSPC})"),
+        Exception(f"No space left on device (os error {errno.ENOSPC})"),  # of tokenizers
+    ],
+)
 def test_a_full_disk_is_explained_and_the_work_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     def full(fd: int) -> None:
-        raise OSError(error, os.strerror(error))
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)

@@ -9,8 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,7 +48,7 @@ from ssgr.stages.solve import Solver
 from ssgr.stages.statistics import collect
 from ssgr.stages.walk import Walk
 from ssgr.store import Store
-from tests.conftest import ROOT, random_model
+from tests.conftest import ROOT, random_model, tmpfs
 from tests.test_configs import build
 from tests.test_prune import calibration, stopped_at, uniform
 
@@ -440,22 +439,6 @@ for source in sys.argv[1:]:
     peaks = [peak - start for peak in rest[::2]]
     assert peaks[1] < 1.15 * peaks[0], peaks
     assert peaks[1] < 160, peaks  # the whole model is 416 MiB
-
-
-@contextmanager
-def tmpfs(folder: Path, kib: int) -> Iterator[Callable[[int], None]]:
-    """A file system of so many KiB in memory; what is handed out makes it larger."""
-    if not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("mount"):
-        pytest.skip("only root can mount a file system of its own")
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "ssgr-test", str(folder)]
-    done = subprocess.run(mount, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"this machine lets nobody mount a file system ({done.stderr.strip()})")
-    try:
-        yield lambda kib: subprocess.run(["mount", "-o", f"remount,size={kib}k", str(folder)], check=True) and None
-    finally:
-        subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
 @pytest.fixture

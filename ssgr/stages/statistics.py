@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ssgr import files
+from ssgr.errors import system_number
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, matrices, names
 from ssgr.progress import Progress
@@ -58,8 +58,8 @@ def write(folder: Path, i: int, collector: Collector) -> None:
     try:
         save_file(out, beside, {"owner": json.dumps(collector.owner, sort_keys=True)})
     except SafetensorError as error:  # the library hides what the system said
-        if number := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(beside)) from error
+        if number := system_number(error):
+            raise OSError(number, os.strerror(number), str(beside)) from error
         raise
     with open(beside, "rb") as stream_:
         os.fsync(stream_.fileno())

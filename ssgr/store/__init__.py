@@ -25,6 +25,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ssgr.errors import system_number
 from ssgr.keys import Json, describe
 from ssgr.lease import Lease
 from ssgr.records import StageRun
@@ -218,11 +219,13 @@ class Store:
 def _explained_if_full(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in FULL:
+    except Exception as error:  # safetensors and tokenizers raise their own
+        number = system_number(error)
+        if number not in FULL:
             raise
+        place = getattr(error, "filename", None) or folder
         raise ValueError(
-            f"the disk is full ({error.strerror}) at {error.filename or folder}: free some space, or choose another "
+            f"the disk is full ({os.strerror(number)}) at {place}: free some space, or choose another "
             "place with store.path=DIR; the same command run again continues from what is there"
         ) from error
 
