@@ -17,6 +17,10 @@ from ssgr.files import json_lines, lines
 PROSE = "prose"  # the name that means generated prose
 
 
+class _NoColumn(ValueError):
+    """A row without the column of the text."""
+
+
 @dataclass(frozen=True)
 class Text:
     """A text by its name: `prose`, a file, or a dataset id with its column, subset, split and revision.
@@ -69,8 +73,16 @@ class Text:
             how: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": True}
             data = datasets.load_dataset(self.name, self.subset, **how)
             for row in data if seed is None else data.shuffle(seed=seed, buffer_size=1000):
+                if self.column not in row:
+                    setting = f"{self.setting.rpartition('.')[0]}.column"
+                    raise _NoColumn(
+                        f"{setting}={self.column}: {self.name} has no such column; its columns are {', '.join(row)}. Type "
+                        f"{setting}=COLUMN"
+                    )
                 if row[self.column]:
                     yield str(row[self.column])
+        except _NoColumn:
+            raise
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
             raise ValueError(
                 f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "

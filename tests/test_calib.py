@@ -16,6 +16,7 @@ from ssgr.length import Length
 from ssgr.records import Problem
 from ssgr.select import Policy
 from tests.conftest import TINY
+from tests.test_configs import build
 
 NO_FILTER = Policy(Difficulty("any", 0, 1, True, True), Length("any", "percentile", None, None))
 
@@ -68,3 +69,20 @@ def test_a_bad_line_of_text_is_named(tokenizer: PreTrainedTokenizerBase, tmp_pat
     problem = Problem("a", "1+2", "3", "x", None, None)
     with pytest.raises(ValueError, match=r"a\.jsonl, row 2: not JSON"):
         Corpus("corpus", 0, str(tmp_path / "a.jsonl"), 64).candidates(material(tokenizer, problem, "1"), NO_FILTER)
+
+
+def test_lines_are_joined_to_running_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    lines = [f"The baker walked to mill {i}." for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    given = material(tokenizer, Problem("a", "1+2", "3", "x", None, None), "1")
+    apart, joined = (Corpus("own", 0, str(tmp_path / "a.jsonl"), 20, joined=how) for how in (False, True))
+    text = "".join(tokenizer.decode(list(row.ids)) for row in joined.candidates(given, NO_FILTER).rows)
+    start = tokenizer.bos_token or ""
+    assert len(text) > 400 and (start + "\n\n".join(lines) + tokenizer.eos_token).startswith(text)
+    assert any(tokenizer.eos_token_id in row.ids for row in apart.candidates(given, NO_FILTER).rows)
+    assert keys.digest(apart) != keys.digest(joined)
+
+
+def test_wikitext_is_running_text() -> None:
+    calib = {name: build(f"calib={name}").calib for name in ("corpus", "c4", "wikitext")}
+    assert [name for name, one in calib.items() if isinstance(one, Corpus) and one.joined] == ["wikitext"]

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -190,6 +191,20 @@ def test_an_error_without_a_message_is_told(monkeypatch: pytest.MonkeyPatch) -> 
         HubProblems("a/b", Columns()).read("test")
     with pytest.raises(ValueError, match=r"calib\.text=a/b is neither a file nor a dataset .* \(TimeoutError"):
         list(Text("a/b", "calib.text").documents(0))
+
+
+def test_a_text_without_its_column_is_told_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"title": "One", "body": "Two."}])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    with pytest.raises(
+        ValueError, match=r"^bench\.column=text: a/b has no such column; its columns are title, body\. Type bench\.col"
+    ):
+        Text("a/b", "bench.text").whole(1)
+    with pytest.raises(
+        ValueError, match=r"^calib\.column=text: a/b has no such column; its columns are title, body\. Type"
+    ):
+        list(Text("a/b", "calib.text").documents(0))
+    assert list(Text("a/b", "calib.text", "body").documents(0)) == ["Two."]
 
 
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:

@@ -42,7 +42,11 @@ def _check_window(window: int) -> None:
 
 @dataclass(frozen=True)
 class Corpus(_Plain):
-    """General text in windows of `window` tokens: generated prose, a text or JSONL file, or a dataset id."""
+    """General text in windows of `window` tokens: generated prose, a text or JSONL file, or a dataset id.
+
+    `joined` makes the whole of it one text, its documents in their order with blank lines between: those of WikiText are
+    lines, which are no running text one by one.
+    """
 
     text: str
     window: int
@@ -50,6 +54,7 @@ class Corpus(_Plain):
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
+    joined: bool = False
 
     def __post_init__(self) -> None:
         _check_window(self.window)
@@ -66,7 +71,7 @@ class Corpus(_Plain):
     def key_content(self) -> object:
         """The text is keyed by what it holds."""
         rest = (self.name, self.draw, self.window, self.column, self.subset, self.split, self.revision)
-        return {"text": self._text.key_content(), "rest": rest}
+        return {"text": self._text.key_content(), "rest": rest, **({"joined": True} if self.joined else {})}
 
     def candidates(self, material: Material, policy: Policy) -> Candidates:
         """Non-overlapping windows of the tokenised documents, joined by the end-of-text token."""
@@ -77,12 +82,16 @@ class Corpus(_Plain):
         ids: list[int] = []
         rows: list[Row] = []
         documents = 0
-        for text in self._text.documents(self.draw):
+        whole = (
+            [self._text.whole(_POOL * material.tokens // 8 + 1)] if self.joined else None
+        )  # prose: 8 tokens or more each
+        for text in whole or self._text.documents(self.draw):
             documents += 1
-            ids += start + list(tokenizer(text, add_special_tokens=False)["input_ids"]) + stop
-            while len(ids) >= window:
-                rows.append(Row(tuple(ids[:window]), 0, f"{self.name}/{len(rows)}"))
-                del ids[:window]
+            ids += start + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + stop
+            end = len(ids) - len(ids) % window
+            for first in range(0, end, window):
+                rows.append(Row(tuple(ids[first : first + window]), 0, f"{self.name}/{len(rows)}"))
+            del ids[:end]
             if len(rows) * window >= _POOL * material.tokens:
                 break
         return Candidates(tuple(rows), (("documents", documents), (f"windows of {window}", len(rows))), windowed=True)
