@@ -25,7 +25,8 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Problem:
-    """One question with its gold answer; `bare` is the question where more is asked, such as to reason step by step."""
+    """One question with its gold answer; `bare` is the question where more is asked, such as to reason step by step, and
+    `alone` that of multiple choice without its options."""
 
     id: str
     question: str
@@ -34,6 +35,7 @@ class Problem:
     level: int | None = None
     solution: str | None = None
     bare: str | None = field(default=None, metadata={"key": False})  # it is part of the question
+    alone: str | None = field(default=None, metadata={"key": False})  # likewise
 
 
 @dataclass(frozen=True)

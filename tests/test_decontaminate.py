@@ -53,6 +53,29 @@ def test_options_in_another_order_are_the_same_problem() -> None:
     assert [(hit.id, hit.benchmark_id, hit.why) for hit in found] == [(p.id, p.id, "the same text") for p in other]
 
 
+@pytest.mark.parametrize(
+    ("question", "same"),
+    [
+        ("Which planet of the solar system is the largest?", True),
+        ("Which planet of the solar system is the LARGEST ?", True),
+        ("Which of the following is true?", False),  # of anything
+    ],
+)
+def test_a_short_question_without_its_options(question: str, same: bool) -> None:
+    def asked(*options: str) -> list[Problem]:
+        row = {"q": question.replace("LARGEST ", "largest"), "c": list(options), "answer": 0}
+        return [Columns("q", choices="c").problem(row, 0, "s")]
+
+    options = "the planet Jupiter", "the planet Mars", "the planet Venus", "the planet Saturn, which has rings"
+    plain = [problem("a", question)]
+    for one, other in ((plain, asked(*options)), (asked(*options), plain)):
+        assert [hit.why for hit in Decontaminate().hits(one, other)] == [
+            "the same question, with and without options"
+        ] * same
+        assert not Decontaminate(ngram=None).hits(one, other)
+    assert not Decontaminate().hits(asked("this", "that"), asked("one", "two")), "other options ask something else"
+
+
 def test_the_options() -> None:
     near = LONG.replace("Natalia", "Maria")
     assert not hits(LONG, near, ngram=None)

@@ -26,7 +26,8 @@ class Hit:
 class Decontaminate:
     """Problems are the same if their text is, but for case, spaces, dollar signs and LaTeX's spacing, or if they share
     `ngram` tokens in a row: at least `share` of all such runs of the calibration problem stand in one of the benchmark.
-    What is asked beside the question, such as to reason step by step, is not compared.
+    What is asked beside the question, such as to reason step by step, is not compared. A question of multiple choice is also
+    the same as one without options, if it has more words than half of `ngram`: fewer may ask anything ("Which is true?").
 
     `enabled=false` keeps all; `ngram=null` compares whole texts only.
 
@@ -53,6 +54,7 @@ class Decontaminate:
         if not self.enabled:
             return []
         texts = {" ".join(_tokens_of(problem)): problem.id for problem in reversed(benchmark)}
+        alone = {text: problem.id for problem in reversed(benchmark) if (text := self._alone(problem))}
         where: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for problem in benchmark:
             for run in self._runs(_tokens_of(problem)):
@@ -63,6 +65,9 @@ class Decontaminate:
             if same := texts.get(" ".join(own)):
                 out.append(Hit(problem.id, same, "the same text"))
                 continue
+            if same := texts.get(self._alone(problem)) if problem.alone else alone.get(" ".join(own)):
+                out.append(Hit(problem.id, same, "the same question, with and without options"))
+                continue
             runs, counts = self._runs(own), defaultdict[str, int](int)
             for run in runs:
                 for name in where.get(run, ()):
@@ -71,6 +76,12 @@ class Decontaminate:
             if best is not None and counts[best] >= self.share * len(runs):
                 out.append(Hit(problem.id, best, f"{counts[best]} of {len(runs)} runs of {self.ngram} tokens"))
         return out
+
+    def _alone(self, problem: Problem) -> str:
+        """The text of a question without its options; nothing where it has none, or too few words to be told by."""
+        own = tokens(problem.alone or "")
+        words = sum(token.isalnum() for token in own)
+        return " ".join(own) if self.ngram is not None and 2 * words > self.ngram else ""
 
     def _runs(self, own: Sequence[str]) -> set[tuple[str, ...]]:
         n = self.ngram

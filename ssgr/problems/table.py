@@ -82,6 +82,7 @@ class Columns:
             id=str(row[self.id]) if self.id and row.get(self.id) is not None else f"row/{before + number}",
             question=self.prompt.replace("{question}", question),
             bare=bare,
+            alone=None if self.choices is None else str(row[self.question]),
             answer=answer,
             source=source,
             level=_level(row.get(self.level)) if self.level else None,
