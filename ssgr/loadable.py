@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel  # by name only: its import takes seconds
@@ -23,6 +24,16 @@ class Loadable(Protocol):
     @property
     def trust_remote_code(self) -> bool:
         """Whether code in the folder of the model is run."""
+        ...
+
+    @property
+    def system(self) -> str | None:
+        """The system prompt of its chat template."""
+        ...
+
+    @property
+    def chat(self) -> Mapping[str, Any]:
+        """The settings of its chat template."""
         ...
 
     def load(self) -> PreTrainedModel:

@@ -8,8 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ class Loaded:
     model: Any
     dtype: str = "auto"
     trust_remote_code: bool = False
+    system: str | None = None
+    chat: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> PreTrainedModel:
         """The model."""

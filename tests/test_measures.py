@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,24 @@ def test_a_metric_of_all_documents_at_once_is_refused_before_the_model_is_loaded
     unused: Any = None
     with pytest.raises(ValueError, match=rf"bench.metric={metric}: the task sums_of_all makes it of .*: it has acc$"):
         LmEvalTask("sums", "sums_of_all", metric, folder=str(sums)).measure(unused, tokenizer, ())
+
+
+@pytest.mark.xdist_group("lm_eval")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("chat", [True, False])
+def test_a_task_is_asked_as_the_model_says(
+    chat: bool, sums: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, Any]] = []
+    monkeypatch.setattr(  # the model's own takes no system prompt
+        tokenizer, "apply_chat_template", lambda turns, **how: asked.append((turns, how)) or turns[-1]["content"]
+    )
+    model = replace(TINY, system="Be brief.", chat={"enable_thinking": False})
+    LmEvalTask("sums", "sums", "acc", limit=2, folder=str(sums), chat=chat).measure(model, tokenizer, ())
+    assert bool(asked) == chat
+    for turns, how in asked:
+        assert turns[0] == {"role": "system", "content": "Be brief."} and turns[-1]["role"] == "user"
+        assert how["enable_thinking"] is False and "strftime_now" in how
 
 
 def test_a_loss_that_is_no_number_is_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

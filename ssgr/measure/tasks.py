@@ -30,8 +30,8 @@ def known(folder: str | None) -> Any:
 class LmEvalTask:
     """The task `task` of lm-evaluation-harness by its `metric`, with `fewshot` examples (None: as the task says).
 
-    `folder` holds task files of your own; `chat` puts the questions through the chat template; `limit` takes the first
-    documents only. The library shuffles and draws by its own fixed seeds.
+    `folder` holds task files of your own; `chat` puts the questions through the chat template, with `model.system` and
+    `model.chat`; `limit` takes the first documents only. The library shuffles and draws by its own fixed seeds.
     """
 
     name: str
@@ -76,7 +76,7 @@ class LmEvalTask:
         except Exception as error:
             raise self._cannot(error) from error
         declared = self._check_metric(tasks)
-        how = {"batch_size": self.batch_size, "chat_template_args": TODAY}
+        how = {"batch_size": self.batch_size, "chat_template_args": {**TODAY, **model.chat}}
         wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, **how)
 
         def evaluated(limit: int | None) -> list[Item]:
@@ -90,6 +90,7 @@ class LmEvalTask:
                     log_samples=True,
                     bootstrap_iters=0,
                     apply_chat_template=self.chat,
+                    system_instruction=model.system if self.chat else None,
                     confirm_run_unsafe_code=self.unsafe_code,
                 )
             except Exception as error:
