@@ -75,6 +75,13 @@ def launch(
             f"the sweeper {config.hydra.sweeper._target_.rpartition('.')[2]} chooses cells by the results of others: type "
             "hydra.launcher.wait=true; nothing was submitted"
         )
+    if settings.get("cancel_dropped") and (
+        config.hydra.sweeper._target_ != _BASIC or config.hydra.sweeper.get("max_batch_size") is not None
+    ):
+        raise ValueError(
+            "hydra.launcher.cancel_dropped=true: the sweeper gives its cells in batches, and jobs of cells that are still to "
+            "come would be cancelled; leave it out, or hydra.sweeper.max_batch_size; nothing was submitted"
+        )
     folder = Path(str(config.hydra.sweep.dir)).absolute()
     store = Store(Path(config.store.path))
     before = read(folder)
@@ -87,7 +94,7 @@ def launch(
         sweep.configs = before.configs
     if first and before is not None:  # the sweeper comes in batches
         sweep.graph, sweep.overrides, sweep.benches = before.graph, before.overrides, before.benches
-        sweep.names, sweep.refused, before = before.names, before.refused, None
+        sweep.names, sweep.refused = before.names, before.refused
     returns = [
         _cell(context, config, sweep, store, first + i, overrides, settings["dry_run"])
         for i, overrides in _shown(job_overrides)
@@ -102,7 +109,7 @@ def launch(
     if settings["dry_run"]:
         _dry(sweep, store, cut, kind)
     elif kind == "slurm":
-        done = submit(sweep, store, Slurm(settings["max_timeouts"]), cut, before)
+        done = submit(sweep, store, Slurm(settings["max_timeouts"]), cut)
         _announce(sweep, done)
         if wait:
             try:

@@ -16,7 +16,7 @@ from launchers.work import Report, Work
 from ssgr.graph import KINDS, Stage
 from ssgr.queue import FOLDER, Queued, Records, Submitted
 from ssgr.store import Store
-from ssgr.sweep import Sweep
+from ssgr.sweep import Sweep, submitted
 
 REPORT = "report"
 LOGS = "jobs"  # in the sweep's folder
@@ -83,7 +83,7 @@ def kinds(plan_: Plan, settings: Settings) -> dict[str, Resources]:
     return {kind: resources(settings.resources, kind) for kind in used}
 
 
-def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings, before: Sweep | None = None) -> Submission:
+def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings) -> Submission:
     """Submit what is missing, one driver at a time for a store, and a report that runs when all has ended.
 
     Raises:
@@ -98,9 +98,9 @@ def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings, bef
         shapes = kinds(found, settings)
         if found.arrays:
             cluster.check(shapes)
-        if before is not None and settings.cancel_dropped:
-            cluster.cancel(_dropped(before, sweep, live))
         sweep.write()
+        if settings.cancel_dropped:
+            cluster.cancel(_dropped(sweep, records, live))
         logs = sweep.folder / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         done: list[Submitted] = []
@@ -198,8 +198,9 @@ def _report(
     )
 
 
-def _dropped(before: Sweep, now: Sweep, live: Mapping[str, Queued]) -> list[str]:
-    """The jobs of stages that only an earlier form of the sweep wanted."""
-    gone = before.graph.stages.keys() - now.graph.stages.keys()
-    kept = {one.job for key, one in live.items() if key not in gone}
-    return sorted({live[key].job for key in gone if key in live} - kept)
+def _dropped(sweep: Sweep, records: Records, live: Mapping[str, Queued]) -> list[str]:
+    """The jobs that were submitted for this sweep's folder of stages that neither it nor another sweep wants."""
+    wanted = sweep.graph.stages.keys() | submitted(records.root, but=sweep.folder)
+    own = [one for one in records.read() if Path(one.folder).parent == sweep.folder and one.kind != REPORT]
+    gone = [key for one in own for keys in one.tasks if wanted.isdisjoint(keys) for key in keys]
+    return sorted({live[key].job for key in gone if key in live})

@@ -14,6 +14,7 @@ from typing import Any
 from ssgr.files import write_json
 from ssgr.graph import Graph, Stage
 from ssgr.keys import KEY_LENGTH, digest
+from ssgr.queue import Records
 
 MANIFEST, VERSION = "sweep.json", 1
 CONFIGS = "configs"  # what cells were composed to, by content: a queued job finds its own, however the grid changes
@@ -134,6 +135,27 @@ def _sweep(folder: Path, found: dict[str, Any]) -> Sweep:
             out.refused[n] = cell["refused"]
         else:
             out.graph.cells[n] = tuple(cell["stages"].values())
+    return out
+
+
+def referred(folders: Sequence[Path]) -> set[str]:
+    """The keys that results and sweeps under `folders` name."""
+    out: set[str] = set()
+    for folder in folders:
+        for file in folder.rglob("result.json"):
+            out |= set(json.loads(file.read_text())["keys"].values())
+        for file in folder.rglob(MANIFEST):
+            out |= {stage["key"] for stage in json.loads(file.read_text())["stages"]}
+    return out
+
+
+def submitted(store: Path, but: Path | None = None) -> set[str]:
+    """The keys of the sweeps, `but` one, whose jobs have not all left the queue, as far as is known here."""
+    out: set[str] = set()
+    for one in Records(store).read():
+        if not one.ended and Path(one.folder).parent != but:
+            out |= {key for keys in one.tasks for key in keys}
+            out |= referred([folder for folder in Path(one.folder).parents[:2] if (folder / MANIFEST).exists()])
     return out
 
 

@@ -6,7 +6,7 @@ import errno
 import random
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -336,3 +336,31 @@ def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:
     assert done.jobs == 2 + 100 + 2 * 10_000
     assert sum(size for _, size, _ in cluster.arrays) == done.jobs + 1
     assert len(done.arrays) < 400
+
+
+@pytest.mark.parametrize("cancel", [False, True])
+def test_only_jobs_that_no_sweep_wants_any_more_are_cancelled(
+    cancel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A changed grid drops cells of which another sweep of the store has joined one."""
+    store, cluster = Store(tmp_path / "store"), Recording()
+
+    def queue(names: Iterable[str]) -> dict[str, list[Queued]]:
+        sizes = {name: (f"{1001 + i}", size) for i, (name, size, _) in enumerate(cluster.arrays)}
+        ids = {name: [f"{job}_{j}" for j in range(size)] if size > 1 else [job] for name, (job, size) in sizes.items()}
+        return {name: [Queued(job, "PENDING", "None", "0:00") for job in ids[name]] for name in names}
+
+    monkeypatch.setattr("ssgr.queue.squeue", queue)
+    cut = Settings(fold=FOLD, cancel_dropped=cancel)
+    first, joined, changed = Graph(), Graph(), Graph()
+    for n in range(3):
+        first.add(n, cell("c", f"w{n}"))
+    joined.add(0, cell("c", "w1"))
+    changed.add(0, cell("c", "w0"))
+    submit(sweep_of(first, store, tmp_path / "sweep"), store, cluster, cut)
+    submit(sweep_of(joined, store, tmp_path / "other"), store, cluster, cut)
+    live = Records(store.root).live()
+    assert not cluster.cancelled
+    submit(sweep_of(changed, store, tmp_path / "sweep"), store, cluster, cut)
+    gone = {live[key].job for key in ("p-c-w2", "s-c-w2")} if cancel else set()
+    assert set(cluster.cancelled) == gone

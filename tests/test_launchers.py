@@ -120,6 +120,12 @@ def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     assert not Records(tmp_path / "store").read()
 
 
+def test_what_comes_in_batches_cancels_nothing(run: Run, tmp_path: Path) -> None:
+    batches = ("hydra.sweeper.max_batch_size=1", "hydra.launcher.cancel_dropped=true")
+    said = command(run, "-m", "hydra/launcher=slurm", *batches, "pruner=magnitude,wanda", "calib=corpus", code=1)
+    assert "jobs of cells that are still to come would be cancelled; leave it out" in said and "Traceback" not in said
+
+
 def test_a_sweep_folder_of_another_version_is_refused(run: Run, tmp_path: Path) -> None:
     (tmp_path / "sweep").mkdir()
     (tmp_path / "sweep" / "sweep.json").write_text('{"version": 99}')

@@ -15,9 +15,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssgr.lease import Lease
-from ssgr.queue import Records
 from ssgr.store import MANIFEST, Store
-from ssgr.sweep import MANIFEST as SWEEP
+from ssgr.sweep import referred, submitted
 
 OUTPUTS = "outputs"
 
@@ -45,27 +44,6 @@ def entries(store: Store) -> Iterator[Entry]:
                 found = json.loads((path / MANIFEST).read_text())
                 seconds, inputs = found["seconds"], tuple(found["inputs"].values())
         yield Entry(path.parent.name, path, kind, size, seconds, inputs)
-
-
-def referred(folders: Sequence[Path]) -> set[str]:
-    """The keys that results and sweeps under `folders` name."""
-    out: set[str] = set()
-    for folder in folders:
-        for file in folder.rglob("result.json"):
-            out |= set(json.loads(file.read_text())["keys"].values())
-        for file in folder.rglob(SWEEP):
-            out |= {stage["key"] for stage in json.loads(file.read_text())["stages"]}
-    return out
-
-
-def submitted(store: Store) -> set[str]:
-    """The keys of the sweeps whose jobs have not all left the queue, as far as is known here."""
-    out: set[str] = set()
-    for one in Records(store.root).read():
-        if not one.ended:
-            out |= {key for keys in one.tasks for key in keys}
-            out |= referred([folder for folder in Path(one.folder).parents[:2] if (folder / SWEEP).exists()])
-    return out
 
 
 def unreferred(found: Sequence[Entry], keys: set[str]) -> list[Entry]:
@@ -153,7 +131,7 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
     folders = [folder for folder in args.outputs if folder.is_dir()]
     if not folders:
         raise ValueError(f"none of {', '.join(map(str, args.outputs))} is a folder of runs; type --outputs DIR")
-    found = unreferred(list(entries(store)), referred(folders) | submitted(store))
+    found = unreferred(list(entries(store)), referred(folders) | submitted(store.root))
     found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here
     busy = False
     freed = 0
