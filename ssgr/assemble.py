@@ -84,5 +84,5 @@ def report(folder: Path) -> int:
 def gaps(sweep: Sweep, store: Store) -> list[str]:
     """A line for each cell that has no result."""
     why = holes(sweep, store)
-    without = [n for n in sweep.overrides if not (sweep.cell(n) / "result.json").exists()]
+    without = [n for n in sweep.overrides if n in sweep.refused or not (sweep.cell(n) / "result.json").exists()]
     return [f"no result of {sweep.label(n)}: {why.get(n, 'its stages are not all there yet')}" for n in without]

@@ -16,14 +16,16 @@ import yaml
 from conftest import ROOT, SMALL, Run
 
 from launchers import grid, outcome
-from ssgr import status
+from ssgr import assemble, status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
+from ssgr.report import cells, page
 from ssgr.stages.sample import TRACES
 from ssgr.store import Store
 from ssgr.store.__main__ import main as store_main
 from ssgr.sweep import Sweep, read
 from ssgr.tables import read_traces
+from tests import sweeps
 
 LOCAL = ("-m", "hydra/launcher=local", "hydra.launcher.max_parallel=2", "hydra.launcher.cpus_per_task=1")
 
@@ -143,6 +145,21 @@ def small(store: Store, folder: Path) -> Sweep:
     out.overrides = {0: ["x=0"], 1: ["x=1"]}
     out.names = {n: {graph.stages[key].name: key for key in keys} for n, keys in graph.cells.items()}
     return out
+
+
+def test_a_changed_grid_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
+    """What it left of a cell that is gone, or that can no longer be planned, is shown as no cell of the new one."""
+    sweeps.sweep(tmp_path, sweeps.grid(ratio=[0.3, 0.4, 0.5]))
+    sweep = small(Store(tmp_path / "store"), tmp_path)
+    sweep.refused[1] = "it cannot be"
+    sweep.write()
+    assert sorted(tmp_path.glob("*/result.json")) == [tmp_path / str(n) / "result.json" for n in range(3)]
+    shown = [tmp_path / "0" / "result.json"]
+    assert [cell.path for cell in cells.find([tmp_path])] == shown
+    assert [cell.path for cell in page.find([tmp_path])[0]] == shown
+    assert assemble.gaps(sweep, Store(tmp_path / "store")) == ["no result of x=1: it cannot be"]
+    other = tmp_path / "2" / "result.json"
+    assert [cell.path for cell in cells.find([other])] == [other]
 
 
 def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:

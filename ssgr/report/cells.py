@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssgr.records import Verdict
+from ssgr.sweep import read as read_sweep
 from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
 
 _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agree
@@ -73,12 +74,26 @@ def find(paths: Iterable[Path]) -> list[Cell]:
         ValueError: there is none.
     """
     given = list(paths)
-    files = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=natural))]
-    if not files:
+    found = result_files(given)
+    if not found:
         raise ValueError(
             f"no result.json at or below {', '.join(map(str, given))}; type the folder of a run or a sweep"
         )
-    return told_apart([cell for file in files for cell in read(file)])
+    return told_apart([cell for file in found for cell in read(file)])
+
+
+def result_files(given: Iterable[Path]) -> list[Path]:
+    """Every result.json that is given or lies below; what the folder of a changed grid has of an earlier one is none of it."""
+    found: list[Path] = []
+    for path in given:
+        if path.is_file():
+            found.append(path)
+            continue
+        below = sorted(path.rglob("result.json"), key=natural)
+        sweeps = {folder: read_sweep(folder) for folder in {file.parent.parent for file in below}}
+        cells = {own.cell(number) for own in sweeps.values() if own is not None for number in own.graph.cells}
+        found += [file for file in below if sweeps[file.parent.parent] is None or file.parent in cells]
+    return found
 
 
 def natural(path: Path) -> list[tuple[int, str]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ssgr.files import cached, write_bytes
 from ssgr.report import charts, figures, inside, ran, traces
-from ssgr.report.cells import Cell, natural, read, told_apart
+from ssgr.report.cells import Cell, natural, read, result_files, told_apart
 from ssgr.report.drawing import metric_title
 from ssgr.report.figures import Absent, Figure
 from ssgr.report.groups import Group, by_sweep, groups, sweep_of
@@ -51,10 +51,9 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
         ValueError: there is none that can be read, or two have the same settings and other results.
     """
     given = list(paths)
-    found = [f for p in given for f in ([p] if p.is_file() else sorted(p.rglob("result.json"), key=natural))]
     cells: list[Cell] = []
     holes: list[str] = []
-    for file in found:
+    for file in result_files(given):
         try:
             cells += [_checked(cell) for cell in read(file)]
         except (ValueError, KeyError, TypeError) as error:
