@@ -2,6 +2,10 @@
 
 A lease is a file that is ours while it holds our token, kept fresh by a heartbeat. `.lock` guards the leases of a stage:
 the kernel drops that lock with its process, so it cannot be left behind; it is held for moments, never while a stage runs.
+
+A process that is stopped (SIGSTOP, a suspended job) is silent, and is taken over from like one that is dead, on this host
+too: nobody knows whether it will ever go on. If it does, it finds its folder gone, as that has a name with its token, and
+whoever takes over gives it another. So it cannot write into, publish or delete what the other makes.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ class Lease:
         self.path = folder.with_name(f"{folder.name}.lease")
         self.told = folder.with_name(f"{folder.name}.progress")
         self.token = secrets.token_hex(8)
+        self.work = folder.with_name(f"{folder.name}.{self.token}.work")
         self._seconds = heartbeat_seconds
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease {folder.name}", daemon=True)
@@ -87,15 +92,35 @@ class Lease:
         aside.unlink()
         return dead
 
-    def publish(self, work: Path) -> bool:
+    def resume(self) -> bool:
+        """Make our folder `work` of what an earlier holder left, or a new one, unless the lease is lost."""
+        with self._lock():
+            if not self.ours():
+                return False
+            left = list(self.folder.parent.glob(f"{self.folder.name}.*work"))
+            if left:
+                max(left, key=lambda path: path.stat().st_mtime).rename(self.work)
+            else:
+                self.work.mkdir()
+        return True
+
+    def publish(self) -> bool:
         """Give `work` its final name, unless the lease is lost or a result is already there."""
         with self._lock():
             if not self.ours():
                 return False
             if self.folder.exists():
-                shutil.rmtree(work)
+                shutil.rmtree(self.work)
                 return False
-            work.rename(self.folder)
+            self.work.rename(self.folder)
+        return True
+
+    def move(self, path: Path, to: Path) -> bool:
+        """Rename what only the holder may touch, unless the lease is lost."""
+        with self._lock():
+            if not self.ours():
+                return False
+            path.rename(to)
         return True
 
     def ours(self) -> bool:
@@ -106,12 +131,15 @@ class Lease:
             return False
 
     def _beat(self) -> None:
+        heard = time.monotonic()
         while not self._stop.wait(self._seconds):
             with contextlib.suppress(OSError):  # a network file system may stumble; the next beat mends it
                 if not self.ours():
-                    log.warning("%s: lost to another process; its result will be used", self.path)
+                    silent = f"this process was silent for {time.monotonic() - heard:.0f} s (was it suspended?)"
+                    log.warning("%s: %s, and another took over; its result will be used", self.path, silent)
                     return
                 os.utime(self.path)
+                heard = time.monotonic()
                 self._tell()
 
     def _tell(self) -> None:
@@ -125,11 +153,10 @@ class Lease:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._heart.join()
-        with contextlib.suppress(OSError):
-            self.told.unlink(missing_ok=True)
         try:
             with self._lock():
                 if self.ours():
+                    self.told.unlink(missing_ok=True)
                     self.path.unlink()
         except OSError as error:  # never hides what went wrong in the stage; the lease goes stale by itself
             log.warning("%s: cannot be released (%s)", self.path, error)

@@ -22,6 +22,7 @@ from ssgr.queue import Queued, Records, Submitted
 from ssgr.report import cells, page
 from ssgr.stages.sample import TRACES
 from ssgr.store import Store
+from ssgr.store.__main__ import delete, entries
 from ssgr.store.__main__ import main as store_main
 from ssgr.sweep import Sweep, read
 from ssgr.tables import read_traces
@@ -240,6 +241,19 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert store_main(["verify", *where]) == 1
     assert "the sha256 is not that of its manifest" in capsys.readouterr().out
     assert store_main(["ls", "--store", str(tmp_path / "none")]) == 1
+
+
+def test_what_a_suspended_process_left_is_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its result is there, made by another; unfinished work that is needed stays, as does what was resumed meanwhile."""
+    store = Store(tmp_path / "store")
+    store.run("prune", "a", lambda work: None)
+    for name in ("a.0123.work", "b.4567.work"):
+        (store.root / "prune" / name).mkdir()
+    (tmp_path / "result.json").write_text(json.dumps({"keys": {"prune": "a", "needed": "b"}}))
+    listed = list(entries(store))
+    assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path)]) == 0
+    assert {path.name for path in (store.root / "prune").glob("*/")} == {"a", "b.4567.work"}
+    assert [delete(store, entry) for entry in listed if entry.path.name == "a.0123.work"] == [False]
 
 
 def test_a_cell_in_use_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -121,9 +121,9 @@ class Grid:
         return one.id(i)
 
     def work(self, name: str, cell: int = 0) -> Path:
-        """The folder in which a stage is being made."""
+        """The folder in which a stage is being made; one that is not there while it has not begun."""
         stage = self.sweep.graph.stages[self.key(name, cell)]
-        return self.store.root / stage.folder / f"{stage.key}.work"
+        return next((self.store.root / stage.folder).glob(f"{stage.key}.*work"), self.store.root / "none")
 
     def incomplete(self) -> str:
         """The cells that have no result, with what their jobs came to and said; empty where none is missing."""

@@ -467,13 +467,13 @@ def test_a_disk_that_fills_up_in_the_middle(
     whole = weights(tmp_path / "whole" / "checkpoint")
     with tmpfs(tmp_path / "disk", 350) as grow:
         store = Store(tmp_path / "disk" / "store")
-        work = store.root / "prune" / "key.work"
         for attempt in range(2):  # nor does another attempt help
             solved.clear()
             with pytest.raises(
                 ValueError, match=r"^the disk is full .*store\.path=DIR; the same command run again continues"
             ):
                 store.run("prune", "key", make)
+            (work,) = store.root.glob("prune/key.*.work")
             done = json.loads((work / "blocks.json").read_text())["blocks"]
             assert 0 < len(done) < 15 and 0 not in solved[: -len(done)] * attempt
         solved.clear()
@@ -490,6 +490,17 @@ def test_a_disk_that_fills_up_in_the_middle(
             for root in (result.path, tmp_path / "whole")
         ]
         assert set(left[0]) - set(left[1]) == {"manifest.json"}
+
+
+def test_a_prune_whose_folder_another_took_makes_none(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Suspended while it loads the model, before it has written anything."""
+    source, work, begin = saved(tmp_path / "source"), tmp_path / "work", Replica.begin
+    monkeypatch.setattr(Replica, "begin", lambda self: [work.rename(tmp_path / "taken"), begin(self)])
+    with pytest.raises(FileNotFoundError):
+        prune(source, tokenizer, None, uniform(Magnitude(), HALF), Memory(1), work)
+    assert not work.exists()
 
 
 @pytest.mark.usefixtures("unwarned")

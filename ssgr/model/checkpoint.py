@@ -201,7 +201,7 @@ class Replica:
 
     def begin(self) -> None:
         """Begin the files that are not there, and see that their headers reach the disk."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)  # no parents: the folder of the work is gone where another process took over
         for file in self._files():
             if not self._begun(file):
                 with open(self.folder / file, "wb") as stream:

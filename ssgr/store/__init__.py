@@ -1,7 +1,7 @@
 """Where results lie: root/<stage>/<key>/ with a manifest, made once, published whole, checked when read.
 
-Beside a result may lie `<key>.work/` (an unfinished attempt, which the next one resumes), `<key>.lease` (who is making
-it), and `<key>.damaged-<n>/` (a result that failed its check).
+Beside a result may lie `<key>.<token>.work/` (an unfinished attempt, which the next one resumes under a token of its own),
+`<key>.lease` (who is making it), and `<key>.damaged-<n>/` (a result that failed its check).
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Store:
             manifest = _read(folder)
         while manifest is None:
             with _explained_if_full(folder), self._wait_for_lease(folder) as lease:
-                manifest = _read_or_move_aside(folder)
+                manifest = _read_or_move_aside(folder, lease)
                 if manifest is None:
                     manifest = self._make(folder, make, config, inputs, lease)
                     made = manifest is not None
@@ -182,10 +182,10 @@ class Store:
         self, folder: Path, make: Callable[[Path], None], config: object, inputs: Mapping[str, str], lease: Lease
     ) -> _Manifest | None:
         """Make and publish; None if another process took the lease meanwhile, and so the work."""
-        described = describe(config)
-        work = folder.with_name(f"{folder.name}.work")
+        described, work = describe(config), lease.work
         try:
-            work.mkdir(exist_ok=True)
+            if not lease.resume():
+                return None
             for stale in (work / MANIFEST, work / f"{MANIFEST}.new"):  # of an attempt killed in its last steps
                 stale.unlink(missing_ok=True)
             _reset_peak_rss()
@@ -205,13 +205,16 @@ class Store:
                 created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             )
             _write_manifest(work, manifest)
-            if not lease.publish(work):
+            if not lease.publish():
                 return None
             _sync_folder(folder.parent)
             return manifest
-        except OSError:
+        except Exception as error:  # whatever comes of a folder that is gone
             if lease.ours():
                 raise
+            log.warning(
+                "%s %s: stopped here, as another process makes it now (%s)", folder.parent.name, folder.name, error
+            )
             return None
 
 
@@ -230,15 +233,15 @@ def _explained_if_full(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _read_or_move_aside(folder: Path) -> _Manifest | None:
+def _read_or_move_aside(folder: Path, lease: Lease) -> _Manifest | None:
     try:
         return _read(folder)
     except _Damaged as damage:
         n = 1
         while (aside := folder.with_name(f"{folder.name}.damaged-{n}")).exists():
             n += 1
-        folder.rename(aside)
-        log.warning("%s; moved to %s, making it again", damage, aside.name)
+        if lease.move(folder, aside):
+            log.warning("%s; moved to %s, making it again", damage, aside.name)
         return None
 
 

@@ -56,21 +56,27 @@ def unreferred(found: Sequence[Entry], keys: set[str]) -> list[Entry]:
         more += new
     out = []
     for entry in found:
-        name = entry.path.stem if entry.kind == "unfinished" else entry.path.name  # what was moved aside is nobody's
-        if name not in kept:
+        unfinished = entry.kind == "unfinished"
+        name = _made(entry).name if unfinished else entry.path.name  # what was moved aside is nobody's
+        if name not in kept or (unfinished and name in inputs):
             out.append(entry)
     return out
 
 
+def _made(entry: Entry) -> Path:
+    """The folder of the result that an unfinished entry is to be."""
+    return entry.path.with_name(entry.path.name.partition(".")[0])
+
+
 def delete(store: Store, entry: Entry) -> bool:
     """Remove an entry, whole or not at all, unless a process works on it."""
-    folder = entry.path.with_suffix("") if entry.kind == "unfinished" else entry.path
-    lease = Lease(folder, store.heartbeat_seconds)
+    lease = Lease(_made(entry) if entry.kind == "unfinished" else entry.path, store.heartbeat_seconds)
     if lease.take(store.stale_seconds) is not None:
         return False
     with lease:
         gone = entry.path.with_name(f"{entry.path.name.replace('.', '-')}.gone")
-        entry.path.rename(gone)
+        if not entry.path.exists() or not lease.move(entry.path, gone):  # another resumed it since it was listed
+            return False
     shutil.rmtree(gone)
     return True
 
