@@ -66,7 +66,7 @@ def report(folder: Path) -> int:
     sweep = read(folder)
     if sweep is None:
         raise ValueError(f"{folder} is no sweep: it has no sweep.json")
-    store = Store(Path(sweep.store))
+    store = Store(Path(sweep.store), reads=True)
     done = [sweep.cell(number) for number, found in cells(sweep, store) if found is not None]
     if done:
         table.show(table.rows(told_apart([cell for one in done for cell in read_cells(one / "result.json")])))

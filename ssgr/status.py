@@ -166,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         sweep = find(args.sweep)
-        store = Store(Path(sweep.store))
+        store = Store(Path(sweep.store), reads=True)
         found = states(sweep, store, live(store))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 import textwrap
 from collections import Counter
@@ -19,6 +21,7 @@ from launchers import grid, outcome
 from ssgr import assemble, status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
+from ssgr.report import __main__ as report_main
 from ssgr.report import cells, page
 from ssgr.stages.sample import TRACES
 from ssgr.store import Store
@@ -241,6 +244,32 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert store_main(["verify", *where]) == 1
     assert "the sha256 is not that of its manifest" in capsys.readouterr().out
     assert store_main(["ls", "--store", str(tmp_path / "none")]) == 1
+
+
+def test_what_may_only_be_read_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A colleague's store and sweep, or those of a mount that is read-only."""
+    store = Store(tmp_path / "store")
+    small(store, tmp_path / "sweep").write()
+    store.run("select", "a", lambda work: None)
+
+    def forbidden(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("ssgr.store.tempfile.TemporaryFile", forbidden)
+    monkeypatch.setattr("ssgr.assemble.cells", forbidden)
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    where = ["--store", str(store.root), "--outputs", str(tmp_path)]
+    before = sorted(tmp_path.rglob("*"))
+    for command in ("ls", "verify", "gc"):
+        assert store_main([command, *where]) == 0, capsys.readouterr().err
+    assert status.main([str(tmp_path / "sweep")]) == 0
+    told = report_main._assembled([tmp_path])
+    assert "may only be read" in told[0] and [line.startswith("no result of ") for line in told[1:]] == [True, True]
+    assert sorted(tmp_path.rglob("*")) == before
+    assert store_main(["gc", "--delete", *where]) == 1
+    assert "cannot be written (Read-only file system)" in capsys.readouterr().err
 
 
 def test_what_a_suspended_process_left_is_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

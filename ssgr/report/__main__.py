@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -95,9 +96,12 @@ def _assembled(paths: list[Path]) -> list[str]:
             if found is not None and Path(found.store).is_dir():
                 from ssgr import assemble  # loads torch, which takes seconds
 
-                store = Store(Path(found.store))
-                for _ in assemble.cells(found, store):
-                    pass
+                store = Store(Path(found.store), reads=True)
+                if os.access(found.folder, os.W_OK):
+                    for _ in assemble.cells(found, store):
+                        pass
+                else:
+                    out.append(f"{found.folder} may only be read: a result that is not written there yet is not shown")
                 out += assemble.gaps(found, store)
     return out
 

@@ -70,18 +70,23 @@ class _Damaged(Exception):
 class Store:
     """Results by stage and key, shared by any number of processes, threads and hosts; each result is made once.
 
+    Whoever only reads says `reads=True`: nothing is written then, and the store may be another's.
+
     Raises:
         ValueError: `root` cannot be created or written.
     """
 
-    def __init__(self, root: Path, *, heartbeat_seconds: float = 2.0, stale_seconds: float = 60.0) -> None:
+    def __init__(
+        self, root: Path, *, heartbeat_seconds: float = 2.0, stale_seconds: float = 60.0, reads: bool = False
+    ) -> None:
         self.root = Path(root).expanduser().absolute()
         self.heartbeat_seconds = heartbeat_seconds
         self.stale_seconds = stale_seconds  # a holder on another host that is silent for as long counts as dead
         self.hits: Counter[str] = Counter()
         self.misses: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._open("")
+        if not reads:
+            self._open("")
 
     def run(
         self,

@@ -100,7 +100,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: there is no store in {args.store}; type --store DIR", file=sys.stderr)
         return 1
     try:
-        store = Store(args.store)
+        store = Store(args.store, reads=not args.delete)
         return {"ls": _ls, "verify": _verify, "gc": _gc}[args.command](store, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
