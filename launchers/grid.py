@@ -35,6 +35,8 @@ _log = logging.getLogger("ssgr")
 _BASIC = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
 _POLL = 2.0  # seconds between two looks at the queue
 _PAUSES = (15, 60, 120, 300, 405)  # seconds, where the scheduler does not answer
+_LEAST = {"parts": 1, "max_array": 1, "max_parallel": 1, "max_timeouts": 0, "cpus_per_task": 1, "timeout_min": 1}
+_NULL = ("max_parallel", "cpus_per_task")  # of these, what may be null
 
 
 @contextlib.contextmanager
@@ -69,6 +71,7 @@ def launch(
     Raises:
         ValueError: the sweep cannot be submitted or run.
     """
+    _check(settings)
     wait = kind == "local" or settings["wait"]
     if not wait and not settings["dry_run"] and config.hydra.sweeper._target_ != _BASIC:
         raise ValueError(
@@ -131,6 +134,24 @@ def launch(
     return returns
 
 
+def _check(settings: Mapping[str, Any]) -> None:
+    """See that the launcher's settings can be; those of `resources` are looked at for each kind of job."""
+    for name in ("dry_run", "wait", "cancel_dropped"):
+        if not isinstance(value := settings.get(name, False), bool):
+            raise ValueError(f"hydra.launcher.{name}={value}: give true or false")
+    for name, least in _LEAST.items():
+        value, null = settings.get(name, least), name in _NULL
+        if (value is not None or not null) and (type(value) is not int or value < least):
+            raise ValueError(
+                f"hydra.launcher.{name}={value}: give a whole number of at least {least}{', or null' if null else ''}"
+            )
+    for stage, home in settings["fold"].items():
+        if wrong := {stage, home or stage} - {*KINDS}:
+            raise ValueError(
+                f"hydra.launcher.fold.{stage}={home}: no kind of stage is called {min(wrong)}; valid are {', '.join(KINDS)}"
+            )
+
+
 def _shown(job_overrides: Sequence[Sequence[str]]) -> Iterable[tuple[int, Sequence[str]]]:
     """The cells, with a line of progress where there are many."""
     with Progress("plan", len(job_overrides), shown=len(job_overrides) > 20) as progress:
@@ -140,8 +161,6 @@ def _shown(job_overrides: Sequence[Sequence[str]]) -> Iterable[tuple[int, Sequen
 
 
 def _sweep(folder: Path, store: Store, parts: int) -> Sweep:
-    if not isinstance(parts, int) or parts < 1:
-        raise ValueError(f"hydra.launcher.parts={parts}: give a whole number of at least 1")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         commit = code(ROOT, folder / "code.diff")

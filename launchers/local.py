@@ -20,11 +20,7 @@ _POLL = 0.2  # seconds
 
 
 def run(sweep: Sweep, store: Store, settings: Settings, cpus: int | None, timeout_min: int) -> None:
-    """Make what is missing of a sweep; a stage that fails keeps only those that need it from starting.
-
-    Raises:
-        ValueError: there is no room for a job.
-    """
+    """Make what is missing of a sweep; a stage that fails keeps only those that need it from starting."""
     count, threads = _slots(settings.max_parallel, cpus)
     graph, records = sweep.graph, Records(store.root)
     missing = graph.missing(lambda stage: store.find(stage.folder, stage.key) is not None)
@@ -61,10 +57,7 @@ def _slots(parallel: int | None, cpus: int | None) -> tuple[int, int]:
     """How many jobs run at a time, and the threads of each."""
     there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = parallel if parallel is not None else torch.cuda.device_count() or max(1, there // 2)
-    threads = cpus if cpus is not None else max(1, there // max(1, count))
-    for name, value in (("max_parallel", count), ("cpus_per_task", threads)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"hydra.launcher.{name}={value}: give a whole number of at least 1")
+    threads = cpus if cpus is not None else max(1, there // count)
     return count, threads
 
 

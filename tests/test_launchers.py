@@ -126,6 +126,26 @@ def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     assert not Records(tmp_path / "store").read()
 
 
+@pytest.mark.parametrize(
+    ("launcher", "wrong", "said"),
+    [
+        ("slurm", "max_array=0", "give a whole number of at least 1"),
+        ("slurm", "max_array=null", "give a whole number of at least 1"),
+        ("slurm", "max_parallel=-3", "give a whole number of at least 1, or null"),
+        ("slurm", "max_timeouts=-1", "give a whole number of at least 0"),
+        ("slurm", "wait=yes", "give true or false"),
+        ("local", "parts=true", "give a whole number of at least 1"),
+        ("local", "max_parallel=0", "give a whole number of at least 1, or null"),
+        ("local", "timeout_min=0", "give a whole number of at least 1"),
+        ("local", "fold.evaluate=grad", "no kind of stage is called grad; valid are convert, sample"),
+    ],
+)
+def test_settings_of_launchers_that_cannot_be(run: Run, tmp_path: Path, launcher: str, wrong: str, said: str) -> None:
+    out = command(run, "-m", f"hydra/launcher={launcher}", f"hydra.launcher.{wrong}", "pruner=magnitude", code=1)
+    assert f"hydra.launcher.{wrong.replace('true', 'True').replace('null', 'None')}: {said}" in out, out
+    assert "Traceback" not in out and not (tmp_path / "store" / "jobs").exists()
+
+
 def test_what_comes_in_batches_cancels_nothing(run: Run, tmp_path: Path) -> None:
     batches = ("hydra.sweeper.max_batch_size=1", "hydra.launcher.cancel_dropped=true")
     said = command(run, "-m", "hydra/launcher=slurm", *batches, "pruner=magnitude,wanda", "calib=corpus", code=1)
