@@ -18,6 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
 SHARED = ("collect", "prune")  # kinds of stages whose work several nodes share
 _SOONER = 60  # seconds by which SLURM may send a signal before the time that it was asked for: sbatch(1), --signal
+_EXTRA = "additional_parameters"  # flags of sbatch that submitit has no word for
+_NO_FLAGS = (
+    "setup",
+    "teardown",
+    "signal_delay_s",
+    "array_parallelism",
+    "use_srun",
+    "srun_args",
+    "stderr_to_stdout",
+    _EXTRA,
+)
 _OWN = {"timeout_min": "time", "tasks_per_node": "ntasks_per_node"}  # submitit's words -> those of its SLURM executor
 
 
@@ -43,7 +54,9 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     default, own = given.get(DEFAULT) or {}, given.get(kind) or {}
     if _MEMORY & own.keys():  # one of them stands for all
         default = {k: v for k, v in default.items() if k not in _MEMORY}
-    asked = {k: v for k, v in {**default, **own}.items() if v is not None}
+    asked = {k: v for k, v in {**default, **own}.items() if k == "use_srun" or _wanted(v)}
+    if _EXTRA in asked:
+        asked[_EXTRA] = {k: v for k, v in asked[_EXTRA].items() if _wanted(v)}
     python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
     cpus, gpus, nodes = asked.get("cpus_per_task", 1), asked.get("gpus_per_node", 0), asked.get("nodes", 1)
     minutes, told = asked.get("timeout_min", 5), asked.get("signal_delay_s", 90)  # submitit's defaults
@@ -86,6 +99,11 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
         *setup,
     ]
     return Resources(cpus, gpus * nodes, {_OWN.get(k, k): v for k, v in asked.items()}, python)
+
+
+def _wanted(value: Any) -> bool:
+    """Whether sbatch is to be told: a flag that takes no value is left out, not set to False."""
+    return value is not None and value is not False
 
 
 class Cluster(Protocol):
@@ -148,23 +166,9 @@ class Slurm:
                 )
 
     def _flags(self, one: Resources) -> list[str]:
-        flags = []
-        for name, value in one.asked.items():
-            if name in (
-                "setup",
-                "signal_delay_s",
-                "additional_parameters",
-                "array_parallelism",
-                "use_srun",
-                "srun_args",
-                "teardown",
-            ):
-                continue
-            if name == "exclusive" and value is True:
-                flags.append("--exclusive")
-            elif name != "stderr_to_stdout":
-                flags.append(f"--{name.replace('_', '-')}={value}")
-        return flags + [f"--{k}={v}" for k, v in (one.asked.get("additional_parameters") or {}).items()]
+        """What submitit writes into the file for `sbatch`, as far as it is a flag."""
+        flags = {k: v for k, v in one.asked.items() if k not in _NO_FLAGS} | one.asked.get(_EXTRA, {})
+        return [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in flags.items()]
 
     def submit(
         self,
@@ -180,10 +184,10 @@ class Slurm:
         from submitit.core.utils import FailedJobError, FailedSubmissionError
 
         executor = submitit.SlurmExecutor(folder, max_num_timeout=self.max_timeouts, python=asked.python)
-        extra = dict(asked.asked.get("additional_parameters") or {})
+        extra = dict(asked.asked.get(_EXTRA, {}))
         if dependency:
             extra |= {"dependency": dependency, "kill-on-invalid-dep": "yes"}
-        given = {**asked.asked, "job_name": name, "additional_parameters": extra}
+        given = {**asked.asked, "job_name": name, _EXTRA: extra}
         given["array_parallelism"] = parallel or len(work)
         try:
             executor.update_parameters(**given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import random
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from launchers.arrays import Array, Task, arrays, tasks
-from launchers.cluster import Resources, resources
+from launchers.cluster import Resources, Slurm, resources
 from launchers.submit import Settings, plan, submit
 from ssgr.files import write_json
 from ssgr.graph import Graph, Planned
@@ -321,6 +322,28 @@ def test_resources_are_those_of_the_kind_over_the_default() -> None:
     two = resources({"prune": {"nodes": 2, "gpus_per_node": 4}}, "prune")
     assert two.gpus == 8 and two.asked["nodes"] == 2 and two.asked["ntasks_per_node"] == 1
     assert two.asked["srun_args"] == ["--kill-on-bad-exit=1"]
+
+
+def test_flags_without_a_value_are_given_or_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same when SLURM is asked whether it takes such jobs, and in the file that submitit writes."""
+    (tmp_path / "bin").mkdir()
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (tmp_path / "bin" / name).write_text(
+            f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/{name}\necho Submitted batch job 7\n'
+        )
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    extra = {"requeue": True, "spread-job": False, "begin": None, "nice": 3}
+    given = {"default": {"exclusive": False, "use_srun": False, "timeout_min": 30, "additional_parameters": extra}}
+    asked = resources(given, "prune")
+    Slurm().check({"prune": asked})
+    assert {"--requeue", "--nice=3", "--time=30"} < set((tmp_path / "sbatch").read_text().split())
+    assert Slurm().submit([print], "name", asked, None, tmp_path / "logs", None) == "7"
+    lines = (tmp_path / "logs" / "7_submission.sh").read_text().splitlines()
+    assert {"#SBATCH --requeue", "#SBATCH --nice=3", "#SBATCH --time=30"} < set(lines)
+    for written in (lines, (tmp_path / "sbatch").read_text().split()):
+        assert not [line for line in written if "False" in line or "None" in line or "True" in line]
+    assert not [line for line in lines if line.startswith("srun")]
 
 
 def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:
