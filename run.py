@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
+from argparse import Namespace
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
@@ -15,7 +16,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the loading of weights, too
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -78,10 +82,13 @@ def main(cfg: DictConfig) -> float | None:
         return None
 
 
-def hint(overrides: list[str]) -> str:
-    """For each override whose key is in no config: where it was looked for, and what there is."""
+def hint(asked: Namespace) -> str:
+    """For each override whose key is in no config, and a config that is not there: where it was looked for, and what there is."""
     out = []
-    for key in (o.split("=")[0].lstrip("+~") for o in overrides if "=" in o and not o.startswith("hydra")):
+    name = asked.config_name
+    if name not in (None, "config", "config.yaml") and not (asked.config_path or asked.config_dir):
+        out.append(f"--config-name={name}: {CONF.name} has config.yaml alone. Leave it out, or type experiment=NAME.")
+    for key in (o.split("=")[0].lstrip("+~") for o in asked.overrides if "=" in o and not o.startswith("hydra")):
         group, _, rest = key.partition(".")
         files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
         names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}
@@ -93,19 +100,25 @@ def hint(overrides: list[str]) -> str:
         if names and wanted not in names:
             place = f"config group {group}" if files and rest else group if rest else "the top level"
             near = difflib.get_close_matches(wanted, names, 1)
-            meant = f"; did you mean {near[0]}?" if near else ""
+            meant = f"; did you mean {near[0]}?" if near else "."
             out.append(f"{key}: {place} has no {wanted}{meant} Valid are {', '.join(sorted(names))}.")
     return "\n".join(out)
 
 
-def check_folders(overrides: list[str]) -> None:
+def check_folders(asked: Namespace) -> None:
     """See that the output folder can be written, before Hydra fails on it with a traceback.
 
     Raises:
         ValueError: it cannot; the message names it.
     """
-    given = [o.partition("=") for o in overrides if o.startswith(("hydra.run.dir=", "hydra.sweep.dir="))]
-    for option, _, value in given or [("hydra.run.dir", "=", "outputs")]:
+    if any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
+        return  # nothing is run
+    try:
+        given = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(asked.overrides)}
+    except HydraException:
+        return  # Hydra says what it cannot read
+    places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
+    for option, value in (places or {"hydra.run.dir": "outputs"}).items():
         folder = Path(value.split("${")[0])
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -119,15 +132,16 @@ def check_folders(overrides: list[str]) -> None:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
+    asked = get_args_parser().parse_args()
     try:
-        check_folders(sys.argv[1:])
+        check_folders(asked)
     except ValueError as error:
         sys.exit(f"[ERROR] {error}")
     try:
         main()
     except SystemExit as stop:  # Hydra could not compose the config, and said so
         if stop.code == 1 and not outcome.DONE and not outcome.FAILED:
-            print(hint(sys.argv[1:]), file=sys.stderr)
+            print(hint(asked), file=sys.stderr)
         raise
     finally:
         outcome.finish()

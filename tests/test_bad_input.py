@@ -99,6 +99,25 @@ def test_an_unwritable_output_folder(run: Run, tmp_path: Path) -> None:
     )
 
 
+def test_a_command_that_only_shows_makes_no_folder_and_quotes_are_hydras(run: Run, tmp_path: Path) -> None:
+    for flag in (("--cfg", "job"), ("--help",)):
+        assert run(*flag, f"hydra.run.dir='{tmp_path / 'my run'}'").returncode == 0
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "a file").write_text("")
+    told(
+        run,
+        [f"hydra.run.dir='{tmp_path / 'a file' / 'run'}'"],
+        [f"the output folder {tmp_path / 'a file' / 'run'} cannot"],
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["a file"]
+
+
+def test_a_config_that_is_not_there(run: Run) -> None:
+    done = run("--config-name=foo")
+    assert done.returncode == 1 and "--config-name=foo: conf has config.yaml alone. Leave it out" in done.stderr
+    assert "the top level has no" not in done.stderr, done.stderr
+
+
 def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> None:
     model = TINY.load()
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
