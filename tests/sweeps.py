@@ -30,16 +30,19 @@ def cell(
     ratio: float = 0.5,
     draw: int = 0,
     budget: int = 400,
+    pattern: str | None = None,
     problems: int = 12,
     response: str = "<think>so</think>42",
 ) -> None:
     """One run, whose answers are drawn by chance from its settings."""
-    told = f"{model} {bench} {calib} {difficulty} {length} {ratio} {draw} {budget}"
+    told = f"{model} {bench} {calib} {difficulty} {length} {pattern or ratio} {draw} {budget}"
+    n, _, m = (pattern or "").partition(":")
     config = {
         "model": {"name": model, "path": "weights", "thinking": {"start": "<think>", "end": "</think>"}},
         "calib": {"name": calib, "_target_": "Own", "draw": draw},
         "difficulty": {"name": difficulty}, "length": {"name": length}, "scope": {"name": "both"},
-        "select": {"balance": "none"}, "pruner": {"name": "sparsegpt"}, "sparsity": {"ratio": ratio},
+        "select": {"balance": "none"}, "pruner": {"name": "sparsegpt"},
+        "sparsity": {"n": n, "m": m} if pattern else {"ratio": ratio},
         "budget": {"tokens": budget, "rows": None}, "sampler": {"decoding": {"seed": 0}},
         "bench": {"name": bench, "decoding": {"seed": 1}}, "problems": {"seed": 0},
         "store": {"path": str(folder.parent / "store")},
@@ -73,7 +76,10 @@ def cell(
             "prune": {"seconds": 3.5, "cached": False, "peak_rss_mib": 950.0},
         },
         "calibration": {"source": calib, "tokens": {"asked": budget}, "funnel": [["graded", 96], ["right", 60], ["drawn", 9]]},
-        "prune": {"pruner": "sparsegpt", "sparsity_target": ratio, "sparsity_realised": ratio, "layers": layers},
+        "prune": {
+            "pruner": "sparsegpt", "allocation": "uniform", "sparsity_target": ratio, "sparsity_realised": ratio,
+            "layers": layers,
+        },
         "scores": {bench: {**scores, "difference": gap, "ci95": [-0.5, 0.1]}},
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result))

@@ -22,7 +22,8 @@ from ssgr import tables
 from ssgr.records import Text
 from ssgr.report import compare, figures, page, ran, table, traces
 from ssgr.report.__main__ import main
-from ssgr.report.cells import read
+from ssgr.report.cells import find, read
+from ssgr.tracker import content as tracked
 from tests.sweeps import grid, store, sweep
 
 GRID = grid(calib=["corpus", "ssgr", "matched"], difficulty=["any", "hard"], length=["any", "short"], draw=[0, 1])
@@ -223,6 +224,17 @@ def test_models_and_benches_have_sections_of_their_own_and_budgets_are_named(tmp
         if "leaderboard" in figure.name:
             assert "Budgets differ (400, 800 tokens)" in figure.caption
             assert [row["label"] for row in figure.rows] == ["dense", "budget 400", "budget 800"]
+
+
+def test_each_pattern_is_a_series_of_its_own_along_the_sparsity(tmp_path: Path) -> None:
+    cells = grid(calib=["ssgr", "self"], ratio=[0.5, 0.6]) + grid(calib=["ssgr", "self"], pattern=["2:4", "4:8"])
+    found = report(sweep(tmp_path, cells))
+    figure = next(one for one in found.figures if one.name == "sparsity_tiny_held_out")
+    points = [(row["panel"], row["series"], row["x"]) for row in figure.rows if row["kind"] == "pruned"]
+    assert len(set(points)) == 8
+    assert {("ssgr", "all", 0.5), ("ssgr", "all, 2:4", 0.5), ("ssgr", "all, 4:8", 0.5)} <= set(points)
+    own = [tracked.axes(read(tmp_path / str(i) / "result.json")[0].result) for i in (0, 4)]
+    assert [(one["sparsity"], one["pattern"]) for one in own] == [(0.5, "unstructured"), (0.5, "2:4")]
 
 
 def test_an_older_sweep_has_the_overrides_that_hydra_noted(tmp_path: Path) -> None:

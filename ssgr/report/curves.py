@@ -6,6 +6,7 @@ from typing import Any
 
 import altair as alt
 
+from ssgr.report.cells import Cell
 from ssgr.report.drawing import MANY, base, color, distinct, figure, metric_title, name_of, only, panelled, said, shape
 from ssgr.report.figures import Absent, Figure, Records
 from ssgr.report.groups import Group, label
@@ -44,19 +45,25 @@ def against_budget(group: Group) -> Figure | None:
 
 def _series(group: Group, without: str, x: str) -> Records:
     """The records as lines: `x`, a series for each setting of all but the field `without`, and panels where they are many."""
-    every = [label(cell, group.varied, without=(without,)) for _, cell in group.labelled]
+    every = [_name(cell, group, without) for _, cell in group.labelled]
     split = len(set(every)) > _CLEAR and "calib" in group.varied
     columns = ("kind", "value", "low", "high", "tokens", "tokens_low", "tokens_high", "draw", "seed", "problem")
     rows = []
     for (_, cell), name, row in zip(group.labelled, every, group.pruned, strict=True):
         panel = cell.fields["calib"] if split else ""
-        own = label(cell, group.varied, without=(without, "calib")) if split else name
+        own = _name(cell, group, without, "calib") if split else name
         rows.append({"panel": panel, "series": own, "x": row[x], **only([row], *columns)[0]})
     panels = dict.fromkeys(row["panel"] for row in rows)
     dense = [
         {"panel": p, "series": "dense", "x": None, **only([row], *columns)[0]} for row in group.dense for p in panels
     ]
     return dense + rows
+
+
+def _name(cell: Cell, group: Group, *without: str) -> str:
+    """The series of a cell; along the sparsity each N:M is its own, as its zeros lie otherwise than those of a bare share."""
+    name, sparsity = label(cell, group.varied, without), cell.fields["sparsity"]
+    return f"{name}, {sparsity}" if "sparsity" in without and ":" in sparsity else name
 
 
 def lines(rows: Records, y: str, low: str, high: str, x_title: str, y_title: str, percent: bool = False) -> Any:

@@ -45,8 +45,10 @@ def axes(result: Result) -> dict[str, Any]:
     """What ablations vary, by short names, to group and filter by."""
     config, prune = result["config"], result["prune"]
     named = {name: config[name]["name"] for name in ("model", "calib", "difficulty", "length", "scope")}
+    sparsity = config["sparsity"]
     pruned = {"pruner": prune["pruner"], "allocation": prune["allocation"], "sparsity": prune["sparsity_target"]}
-    return {**named, **pruned, "draw": config["calib"]["draw"]}
+    pattern = f"{sparsity['n']}:{sparsity['m']}" if "n" in sparsity else "unstructured"
+    return {**named, **pruned, "pattern": pattern, "draw": config["calib"]["draw"]}
 
 
 def scalars(result: Result, dense_only: bool = False) -> dict[str, float]:
