@@ -263,13 +263,19 @@ def test_sweeps_have_sections_of_their_own(tmp_path: Path) -> None:
 
 
 def test_cells_that_share_a_result_because_a_filter_does_nothing_come_once(tmp_path: Path) -> None:
-    folder = sweep(tmp_path, grid(calib=["corpus"], difficulty=["any", "hard"], ratio=[0.5, 0.6]))
+    folder = sweep(tmp_path, grid(calib=["corpus"], difficulty=["any", "hard"], ratio=[0.5, 0.6]), problems=40)
     for number in (2, 3):  # as a run leaves them: the same key
         own, twin = (json.loads((folder / str(n) / "result.json").read_text()) for n in (number, number - 2))
         own["keys"] = twin["keys"]
         (folder / str(number) / "result.json").write_text(json.dumps(own))
     group = report(folder).groups[0]
     assert group.alike == 2 and [row["label"] for row in group.pruned] == ["50 %", "60 %"]
+    for by in (None, ["difficulty", "sparsity"]):  # the table that is printed corrects for as many
+        printed = compare.compare(find([tmp_path]), by)
+        assert [one.to_dense.p_adjusted for one in printed] == pytest.approx(
+            [row["to_dense_p"] for row in group.pruned], 1e-5
+        )
+    assert all(row["to_dense_p"] < 0.5 for row in group.pruned)
 
 
 def test_perplexity_alone_has_a_page(tmp_path: Path) -> None:

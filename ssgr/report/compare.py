@@ -5,6 +5,7 @@ Shapes: D draws of calibration sets, S seeds of the attempts, P problems or item
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ssgr import intervals
 from ssgr.records import shown
 from ssgr.report.cells import Cell, by_id, shown_fields, values
 
+_log = logging.getLogger("ssgr")
 LEVEL = 0.05  # an adjusted p at or above this proves nothing
 _DRAWN = ("draw", "sampler.decoding.seed")  # what makes a calibration set another draw
 REPEATS = (*_DRAWN, "seed")  # what means are over
@@ -83,7 +85,7 @@ def compare(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str
     calib=matched: each cell is paired with the control's of the same draw and seed, and a cell of the dense model with that
     of the same seed. Intervals resample draws, seeds and problems (`intervals.bootstrap`); p is that of a t-test clustered
     by all three (`intervals.clustered_t`). Holm's correction is over all differences of one kind, to dense or to the
-    control, in the list that is returned.
+    control, in the list that is returned. A group that is another by all but filters that its source ignores is left out.
 
     Raises:
         ValueError: `by` or `against` names no field, no cell is the control, or a group mixes models, benchmarks, budgets
@@ -97,6 +99,12 @@ def compare(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str
     groups: dict[tuple[str, ...], list[Cell]] = defaultdict(list)
     for cell in cells:
         groups[tuple(cell.fields[f] for f in by)].append(cell)
+    first: dict[frozenset[tuple[str, ...]], tuple[str, ...]] = {}
+    for names, group in groups.items():
+        first.setdefault(frozenset(map(_found, group)), names)
+    if alike := len(groups) - len(first):
+        _log.warning("left out: %d groups whose source ignores the filters in which they differ from another", alike)
+    groups = {names: groups[names] for names in first.values()}
     for group in groups.values():
         _check_group(group, by)
     found = [_tables(group, controls, against) for group in groups.values()]
@@ -118,6 +126,20 @@ def compare(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str
         )
         for i, ((names, group), own) in enumerate(zip(groups.items(), found, strict=True))
     ]
+
+
+def once(cells: Sequence[Cell]) -> list[Cell]:
+    """Without cells that are another by all but filters that their source ignores."""
+    seen: dict[tuple[str, ...], Cell] = {}
+    for cell in cells:
+        seen.setdefault(_found(cell), cell)
+    return list(seen.values())
+
+
+def _found(cell: Cell) -> tuple[str, ...]:
+    """The results of a cell and its settings but for the filters: the same for cells whose source ignores those."""
+    rest = (value for name, value in cell.fields.items() if name.partition(".")[0] not in FILTERS)
+    return cell.key("pruned"), cell.key("dense"), *rest
 
 
 def holds_zero(ci95: Sequence[float]) -> bool:

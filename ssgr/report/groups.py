@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ssgr.report.cells import Cell
-from ssgr.report.compare import FILTERS, Comparison, Gap, compare
+from ssgr.report.compare import Comparison, Gap, compare, once
 from ssgr.report.figures import Records
 from ssgr.sweep import MANIFEST
 
@@ -119,15 +119,6 @@ def _group(sweep: str, model: str, bench: str, cells: list[Cell]) -> Group:
     return Group(
         sweep, model, bench, tuple(cells), records, labelled, varied, control, trouble, len(every) - len(cells), budgets
     )
-
-
-def once(cells: Sequence[Cell]) -> list[Cell]:
-    """Without cells that are another by all but filters that their source ignores."""
-    seen: dict[tuple[str, ...], Cell] = {}
-    for cell in cells:
-        rest = (value for name, value in cell.fields.items() if name.partition(".")[0] not in FILTERS)
-        seen.setdefault((cell.key("pruned"), cell.key("dense"), *rest), cell)
-    return list(seen.values())
 
 
 def label(cell: Cell, varied: Sequence[str], without: Sequence[str] = ()) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 from ssgr.difficulty import wrong_shares
 from ssgr.records import Graded, Trace, Verdict
 from ssgr.report.cells import Cell
+from ssgr.report.compare import once
 from ssgr.report.drawing import MANY, base, color, figure, legend, panelled, shape
 from ssgr.report.figures import Absent, Figure, Records
-from ssgr.report.groups import label, once, six
+from ssgr.report.groups import label, six
 from ssgr.stages import grade
 from ssgr.stages.select import ROWS
 from ssgr.tables import read_rows
