@@ -235,6 +235,15 @@ def test_of_several_controls_the_one_of_the_same_filter(tmp_path: Path) -> None:
     assert by["self", "any"].to_control is None  # two controls fit, and neither is its own
 
 
+def test_a_control_that_was_tried_on_other_problems_is_refused(tmp_path: Path) -> None:
+    cell(tmp_path / "a", [True, False])
+    cell(tmp_path / "b", [True, True], problems="q", calib={"name": "matched", "draw": 0})
+    with pytest.raises(
+        ValueError, match=r"its control .* were tried on different problems and have no paired difference"
+    ):
+        compare(find([tmp_path]), against="calib=matched")
+
+
 def test_a_gap_is_sure_by_interval_and_p() -> None:
     assert not Gap(-0.2, (-0.3, -0.1), 0.001, 0.01).unsure
     assert Gap(-0.2, (-0.3, -0.1), 0.001, 0.05).unsure

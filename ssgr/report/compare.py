@@ -89,7 +89,7 @@ def compare(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str
 
     Raises:
         ValueError: `by` or `against` names no field, no cell is the control, or a group mixes models, benchmarks, budgets
-            or problems, or lacks some of its settings in a draw.
+            or problems, or lacks some of its settings in a draw, or was tried on other problems than its control.
     """
     if not cells:
         return []
@@ -178,6 +178,7 @@ def _tables(group: Sequence[Cell], controls: dict[tuple[str, ...], list[Cell]], 
         pruned[at].append(values(cell, "pruned"))
         dense[at].append(values(cell, "dense"))
         if (twin := _control(cell, controls, against)) is not None:
+            _check_pair(cell, twin)
             control[at].append(values(twin, "pruned"))
     shape = len(draws), len(seeds), len(values(group[0], "pruned"))
     pruned_DSP, dense_DSP = _filled(pruned, shape), _filled(dense, shape)
@@ -229,6 +230,15 @@ def _check_group(group: Sequence[Cell], by: Sequence[str]) -> None:
         raise ValueError(
             f"the cells of {', '.join(f'{f}={group[0].fields[f]}' for f in by)} differ in {', '.join(differ)}, and not every "
             f"draw and seed has all of them: give --by {','.join([*by, *differ])}"
+        )
+
+
+def _check_pair(cell: Cell, control: Cell) -> None:
+    """Refuse a paired difference over other problems, which would pair them by their place in the list."""
+    if by_id(cell.outcomes("pruned")).keys() != by_id(control.outcomes("pruned")).keys():
+        raise ValueError(
+            f"{cell.path} and its control {control.path} were tried on different problems and have no paired difference: give "
+            "the folders of one of them, or run both again on the same problems"
         )
 
 
