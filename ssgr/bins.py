@@ -19,6 +19,11 @@ class Bins:
     difficulty: Mapping[str, Difficulty]
     length: Mapping[str, Length]
 
+    @property
+    def names(self) -> list[str]:
+        """Every bin."""
+        return [f"{band}_{length}" for band in (*self.difficulty, OTHER) for length in (*self.length, OTHER)]
+
     def of(self, wrong: Sequence[float | None], lengths: Sequence[int]) -> list[str]:
         """The bin of each trace, from the wrong share of its problem (None if never graded) and its response length.
 

@@ -50,6 +50,13 @@ class Experiment:
     def __post_init__(self) -> None:
         if self.shard is not None:
             part(self.shard)
+        if type(self.calib.draw) is not int or self.calib.draw < 0:
+            raise ValueError(f"calib.draw={self.calib.draw}: give a whole number of at least 0, the seed of the draw")
+        if self.policy.bins and (unknown := self.scope.bins.keys() - {*self.policy.bins.names}):
+            raise ValueError(
+                f"scope.bins.{min(unknown)}: bins={self.policy.bins.name} has no such bin; its bins are "
+                + ", ".join(self.policy.bins.names)
+            )
         if self.statistic not in ("norm", "gram"):
             raise ValueError(f"collect.statistic={self.statistic!r}: valid choices are norm, gram")
         if self.passing.propagate == "dense" and (self.pruner.statistic, self.statistic) == ("gram", "norm"):

@@ -105,3 +105,23 @@ def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
     """All but rac, whose models come from the hub."""
     named = next(line for line in (ROOT / "Makefile").read_text().splitlines() if line.startswith("EXPERIMENTS"))
     assert set(named.split(":= ")[1].split()) == {f.stem for f in (CONF / "experiment").glob("*.yaml")} - {"rac"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["calib.draw=null"], r"calib\.draw=None: give a whole number of at least 0"),
+        (["calib.draw=-1"], r"calib\.draw=-1: give a whole number"),
+        (
+            ["bins=difficulty_length", "+scope.bins.hrd_medium=2"],
+            r"scope\.bins\.hrd_medium: .* no such bin; its bins are easy_short, .*hard_medium, .*, other_other",
+        ),
+    ],
+)
+def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        build(*overrides)
+
+
+def test_a_scope_names_its_bins() -> None:
+    assert build("bins=difficulty_length", "+scope.bins.other_long=2").scope.bins == {"other_long": 2}
