@@ -152,14 +152,14 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters["visible"] = traces.visible
-    room = traces.Room()
+    room = traces.Room(traces.MAX_CHARACTERS)
     sections = [
         {
             "id": f"group{i}",
             "group": group,
             "table": table(group),
             "figures": own,
-            "traces": _traces(group, room),
+            "traces": _traces(group, room, len(report.groups) - i),
         }
         for i, (group, own) in enumerate(zip(report.groups, report.by_group, strict=True))
     ]
@@ -174,13 +174,18 @@ def render(report: Report) -> str:
     )
 
 
-def _traces(group: Group, room: traces.Room) -> dict[str, Any] | str:
+def _traces(group: Group, room: traces.Room, sections: int) -> dict[str, Any] | str:
+    """The answers of a group; this and the later ones, so many `sections`, share the room that is left."""
     if group.metric != "accuracy" or "attempts" not in group.cells[0].score["dense"]:
         return f"{group.bench} is measured without answers, so there are no traces to read."
+    share = traces.Room(room.left // sections)
     try:
-        return traces.sample(group.labelled, room)
+        room.left -= share.left
+        return traces.sample(group.labelled, share)
     except (OSError, ValueError, KeyError) as error:
         return f"The answers cannot be read ({type(error).__name__}: {error}): give the command of the sweep again."
+    finally:
+        room.left += max(0, share.left)
 
 
 def table(group: Group) -> dict[str, Any]:

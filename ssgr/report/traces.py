@@ -29,7 +29,7 @@ _PICTURES = 0x2400  # Unicode's control pictures
 class Room:
     """How many characters the page still has room for."""
 
-    left: int = MAX_CHARACTERS
+    left: int
 
 
 def visible(text: str) -> str:
