@@ -226,6 +226,13 @@ def test_models_and_benches_have_sections_of_their_own_and_budgets_are_named(tmp
             assert [row["label"] for row in figure.rows] == ["dense", "budget 400", "budget 800"]
 
 
+def test_the_same_share_of_zeros_in_all_layers_is_labelled_as_it_is(tmp_path: Path) -> None:
+    found = report(sweep(tmp_path, grid(calib=["corpus", "ssgr"])))
+    (layers,) = (figure for figure in found.figures if "sparsity" in figure.name and "layers" in figure.name)
+    spec = json.dumps(layers.spec)
+    assert '"format": ".0%"' in spec and '"domain": [0, 1]' in spec
+
+
 def test_the_room_for_answers_is_shared_among_the_benches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for bench in ("aime24", "math500", "svamp"):
         sweep(tmp_path / bench, [{"bench": bench}], response="so " * 400)

@@ -174,9 +174,12 @@ def layers(model: str, prunes: dict[str, Cell]) -> list[Figure | Absent]:
     for column, title in (("sparsity", "Sparsity by layer"), ("error", "Reconstruction error by layer")):
         if any(row[column] is not None for row in rows):
             unit = {"sparsity": "share of zeros", "error": "relative error on the calibration rows"}[column]
+            # where all shares are the same, Vega would label their one tick with a whole number
+            shares: dict[str, Any] = {"scale": alt.Scale(domain=[0, 1]), "axis": alt.Axis(format=".0%")}
+            how = shares if column == "sparsity" else {"scale": alt.Scale(zero=False)}
             chart = base(
                 x=alt.X("number:Q", title="layer, in the order of the model", axis=alt.Axis(tickMinStep=1)),
-                y=alt.Y(f"{column}:Q", title=unit, scale=alt.Scale(zero=False)),
+                y=alt.Y(f"{column}:Q", title=unit, **how),
                 color=color("series", list(shown)),
                 tooltip=["series:N", "layer:N", f"{column}:Q"],
             )  # fmt: skip
