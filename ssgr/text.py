@@ -43,7 +43,7 @@ class Text:
         return sums if files and self.name != PROSE else self.name
 
     def documents(self, seed: int) -> Iterable[str]:
-        """The documents in an order drawn by `seed`, those of a file as they stand; prose never ends.
+        """The documents that are not empty, in an order drawn by `seed`, those of a file as they stand; prose never ends.
 
         Raises:
             ValueError: there is no such file or dataset, or a row has no such column.
@@ -51,10 +51,13 @@ class Text:
         if self.name == PROSE:
             return _prose(random.Random(f"prose/{seed}"))
         path = Path(self.name).expanduser()
-        return _file_documents(path, self.column) if path.is_file() else self._dataset(seed)
+        every = _file_documents(path, self.column) if path.is_file() else self._dataset(seed)
+        return (text for text in every if text)
 
     def whole(self, most: int) -> str:
         """One text: a text file as it is, else the documents in their order with blank lines between, `most` of prose.
+
+        Empty ones are joined too, as the published codes do with WikiText.
 
         Raises:
             ValueError: there is no such file or dataset, or a row has no such column.
@@ -79,8 +82,7 @@ class Text:
                         f"{setting}={self.column}: {self.name} has no such column; its columns are {', '.join(row)}. Type "
                         f"{setting}=COLUMN"
                     )
-                if row[self.column]:
-                    yield str(row[self.column])
+                yield _told(row[self.column])
         except _NoColumn:
             raise
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
@@ -103,8 +105,11 @@ def _file_documents(path: Path, column: str) -> Iterable[str]:
         if not isinstance(row, dict) or column not in row:
             there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
             raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")
-        if row[column]:
-            yield str(row[column])
+        yield _told(row[column])
+
+
+def _told(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
 def _text(path: Path) -> str:

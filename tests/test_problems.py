@@ -207,6 +207,18 @@ def test_a_text_without_its_column_is_told_those_that_are_there(monkeypatch: pyt
     assert list(Text("a/b", "calib.text", "body").documents(0)) == ["Two."]
 
 
+def test_empty_rows_are_part_of_a_whole_text_and_no_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the published codes join WikiText, of which every other line is empty."""
+    texts = [" = A = ", "", "One.", None, "Two."]
+    rows = datasets.Dataset.from_list([{"text": text} for text in texts])
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows.to_iterable_dataset())
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    for name in ("a/b", str(tmp_path / "a.jsonl")):
+        text = Text(name, "bench.text")
+        assert text.whole(1) == " = A = \n\n\n\nOne.\n\n\n\nTwo."
+        assert sorted(text.documents(0)) == [" = A = ", "One.", "Two."]
+
+
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such file; type problems\.path"):
         JsonlProblems("nowhere.jsonl", Columns()).read("test")

@@ -82,10 +82,8 @@ class Corpus(_Plain):
         ids: list[int] = []
         rows: list[Row] = []
         documents = 0
-        whole = (
-            [self._text.whole(_POOL * material.tokens // 8 + 1)] if self.joined else None
-        )  # prose: 8 tokens or more each
-        for text in whole or self._text.documents(self.draw):
+        enough = _POOL * material.tokens // 8 + 1  # paragraphs of prose: each has more than eight tokens
+        for text in [self._text.whole(enough)] if self.joined else self._text.documents(self.draw):
             documents += 1
             ids += start + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + stop
             end = len(ids) - len(ids) % window

@@ -65,7 +65,8 @@ class Decontaminate:
             if same := texts.get(" ".join(own)):
                 out.append(Hit(problem.id, same, "the same text"))
                 continue
-            if same := texts.get(self._alone(problem)) if problem.alone else alone.get(" ".join(own)):
+            question = self._alone(problem)
+            if same := texts.get(question) if question else alone.get(" ".join(own)):
                 out.append(Hit(problem.id, same, "the same question, with and without options"))
                 continue
             runs, counts = self._runs(own), defaultdict[str, int](int)

@@ -179,8 +179,8 @@ def _traces(group: Group, room: traces.Room, sections: int) -> dict[str, Any] | 
     if group.metric != "accuracy" or "attempts" not in group.cells[0].score["dense"]:
         return f"{group.bench} is measured without answers, so there are no traces to read."
     share = traces.Room(room.left // sections)
+    room.left -= share.left
     try:
-        room.left -= share.left
         return traces.sample(group.labelled, share)
     except (OSError, ValueError, KeyError) as error:
         return f"The answers cannot be read ({type(error).__name__}: {error}): give the command of the sweep again."

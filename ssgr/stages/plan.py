@@ -137,8 +137,8 @@ def plan(
         """With so much of rows that pause."""
         device = max(block + kept + inside + max(batch, work), block + before + batch if rows else 0)
         host = here + (device + block if walk.device.type == "cpu" else 2 * block)
-        of = (host * walk.ranks.here, host, disk, device)
-        return dict(zip(("memory", "memory for a process (ulimit)", "disk", str(walk.device)), of, strict=True))
+        every = {"memory": host * walk.ranks.here, "memory for a process (ulimit)": host, "disk": disk}
+        return every | {str(walk.device): device}
 
     needs = needed(inside)
     again = pauses and any(needs[what] > free[what] for what in free)
