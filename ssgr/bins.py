@@ -32,7 +32,7 @@ class Bins:
         inside = {name: band.holding(lengths) for name, band in self.length.items()}
         out = []
         for i, share in enumerate(wrong):
-            bands = [name for name, band in self.difficulty.items() if share is not None and band.holds(share)]
+            bands = [name for name, band in self.difficulty.items() if band.holds(share)]
             lengths_ = [name for name in self.length if inside[name][i]]
             out.append("_".join((*bands, OTHER)[:1] + (*lengths_, OTHER)[:1]))
         return out

@@ -34,8 +34,10 @@ class Difficulty:
         """Whether every problem lies in the band."""
         return self.low == 0 and self.high == 1 and self.always_solved and self.never_solved
 
-    def holds(self, wrong: float) -> bool:
-        """Whether a problem with this share of wrong attempts lies in the band."""
+    def holds(self, wrong: float | None) -> bool:
+        """Whether a problem with this share of wrong attempts lies in the band; one without a share does where all do."""
+        if wrong is None:
+            return self.holds_all
         if wrong == 0:
             return self.always_solved
         if wrong == 1:

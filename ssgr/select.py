@@ -98,7 +98,7 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
         raise ValueError(f"calib.verdict={verdict!r}: valid choices are any, {', '.join(Verdict)}")
     wrong = wrong_shares(graded)
     fit = [g for g in graded if verdict in ("any", g.verdict)]
-    held = [g.trace.problem_id in wrong and policy.difficulty.holds(wrong[g.trace.problem_id]) for g in fit]
+    held = [policy.difficulty.holds(wrong.get(g.trace.problem_id)) for g in fit]
     hard = [g for g, ok in zip(fit, held, strict=True) if ok]
     rows = [row for row, ok in zip(as_rows(fit, wrong, policy.bins), held, strict=True) if ok]
     strata = _strata(fit, hard, policy.balance)
@@ -163,12 +163,12 @@ def _nearest(fit: Sequence[Graded], wrong: dict[str, float], policy: Policy) -> 
     """What to type next after an empty selection: the option that keeps most of the request and leaves traces."""
     if not fit:
         return "no trace has that verdict: type calib.verdict=any, or sample more with sampler.decoding.attempts"
-    shares = [wrong[g.trace.problem_id] for g in fit if g.trace.problem_id in wrong]
+    shares = [wrong.get(g.trace.problem_id) for g in fit]
     if not any(policy.difficulty.holds(s) for s in shares):
         middle = (policy.difficulty.low + policy.difficulty.high) / 2
-        inner = [s for s in shares if 0 < s < 1]
+        inner = [s for s in shares if s is not None and 0 < s < 1]
         if not inner:
-            return "every problem is always or never solved: type difficulty=any"
+            return "every problem is always or never solved, or never graded: type difficulty=any"
         near = min(inner, key=lambda s: abs(s - middle))
         low, high = max(0.0, near - 0.005), min(1.0, near + 0.005)
         return f"nearest: type difficulty.low={low:.3f} difficulty.high={high:.3f}, or difficulty=any"

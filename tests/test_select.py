@@ -54,6 +54,18 @@ def test_wrong_share_leaves_out_what_the_grader_failed_on() -> None:
     assert wrong_shares([failed]) == {}
 
 
+def test_where_no_difficulty_is_asked_for_a_problem_that_was_never_graded_may_be_drawn() -> None:
+    traces = pool()
+    failed = [replace(g, verdict=Verdict.GRADER_FAILED) if g.trace.problem_id == "p0" else g for g in traces]
+    found = eligible(failed, "any", Policy(ANY, EVERY))
+    assert found.funnel[2] == ("difficulty any", len(traces)) and len(found.rows) == len(traces)
+    for band in (HARD, replace(ANY, high=0.9)):
+        assert not {row.id for row in eligible(failed, "any", Policy(band, EVERY)).rows} & {f"p0#{a}" for a in range(8)}
+    with pytest.raises(ValueError, match="never graded: type difficulty=any"):
+        eligible(failed, Verdict.GRADER_FAILED, Policy(HARD, EVERY))
+    assert eligible(failed, Verdict.GRADER_FAILED, Policy(ANY, EVERY)).funnel[2] == ("difficulty any", 8)
+
+
 @pytest.mark.parametrize("attempts", range(1, 21))
 def test_a_share_lies_in_the_band_that_begins_with_it(attempts: int) -> None:
     for wrong in range(1, attempts):
