@@ -184,6 +184,7 @@ class Flow:
             chosen = select.select(x.calib, material, x.policy, x.budget)
             if graded:
                 chosen = tables.with_ids(chosen, graded.path / grade.GRADED)
+                select.warn_copies(chosen)
             if problems:
                 counted = (("problems", len(problems)), ("not in the benchmark", len(clean)))
                 chosen = dataclasses.replace(chosen, funnel=(*counted, *chosen.funnel))

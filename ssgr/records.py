@@ -120,11 +120,17 @@ class CalibrationSet:
         total = sum(map(len, self.rows))
         return {"asked": self.asked, "realised": total, "prompt": prompt, "response": total - prompt}
 
+    @property
+    def copies(self) -> int:
+        """Rows that are token for token the same as another, as attempts at an easy problem may be."""
+        return len(self.rows) - len({row.ids for row in self.rows})
+
     def summary(self) -> dict[str, Any]:
         """What result.json says of the set."""
         return {
             "source": self.source,
             "rows": len(self.rows),
+            "copies": self.copies,
             "tokens": self.tokens,
             "held_out": {"rows": len(self.held_out), "tokens": sum(map(len, self.held_out))},
             "parts": self.parts,

@@ -182,6 +182,17 @@ def test_selection_reads_no_ids_but_of_what_it_drew(
     assert tables.with_ids(light, file) == whole and whole.held_out
 
 
+def test_rows_that_repeat_another_are_counted_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    own = (Row((1, 2), 1, "a#0"), Row((1, 2), 1, "a#1"), Row((1, 2), 1, "a#2"), Row((1, 3), 1, "b#0"))
+    chosen = CalibrationSet("self", own, (), (), 8)
+    assert chosen.summary()["copies"] == 2
+    select.warn_copies(chosen)
+    assert "calib=self: 2 of 4 rows drawn repeat another token for token" in caplog.text
+    caplog.clear()
+    select.warn_copies(replace(chosen, rows=own[2:]))
+    assert not caplog.text
+
+
 def test_an_empty_selection_prints_its_funnel_and_the_nearest_setting() -> None:
     easy = [graded(f"p{i}", a, a > 0, 10) for i in range(4) for a in range(8)]
     with pytest.raises(

@@ -47,6 +47,16 @@ def _by_id(row: Row) -> str:
     return row.id
 
 
+def warn_copies(chosen: CalibrationSet) -> None:
+    """Warn where rows repeat others, and so weigh more than they look."""
+    if chosen.copies:
+        _log.warning(
+            "calib=%s: %d of %d rows drawn repeat another token for token; attempts at harder problems, or a higher "
+            "sampler.decoding.temperature, repeat less",
+            chosen.source, chosen.copies, len(chosen.rows),
+        )  # fmt: skip
+
+
 def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:
     """Warn by name of each filter that `source` cannot apply."""
     chosen = {
