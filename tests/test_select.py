@@ -272,6 +272,18 @@ def test_a_balanced_draw_beyond_a_stratum_is_refused() -> None:
         draw(candidates, Budget(tokens=total), 0)
 
 
+@pytest.mark.parametrize("balance", ["none", "level"])
+def test_a_draw_that_falls_short_says_why(
+    balance: Literal["none", "level"], tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    traces = [graded(f"p{i}", 0, True, 7, level=1) for i in range(30)] + [graded("q", 0, True, 197, level=2)]
+    material = Material(tokenizer, lambda question: (), [], traces, 300, 300, TINY.thinking)
+    own = OwnTraces("self", 0, "any")
+    found = select.select(own, material, Policy(ANY, EVERY, balance), Budget(tokens=309, max_row_tokens=200))
+    said = "longer than the rest or would change the mix that select.balance=level keeps; sources"
+    assert (found.tokens["realised"] < 300) == (said in caplog.text) == (balance == "level")
+
+
 def test_the_control_matches_rows_and_tokens() -> None:
     traces = pool(problems=200)
     chosen = draw(eligible(traces, "right", Policy(HARD, MEDIUM)), Budget(tokens=1000), 3)

@@ -31,10 +31,12 @@ def select(source: Source, material: Material, policy: Policy, budget: Budget) -
     realised = sum(map(len, rows))
     asked = realised if budget.tokens is None else budget.tokens
     if realised < _SHORTFALL * asked and not source.matches:
+        balanced = candidates.strata is not None
         _log.warning(
-            "calib=%s: %d of %d tokens drawn, as every row left is longer than the rest; sources with shorter rows draw "
+            "calib=%s: %d of %d tokens drawn, as every row left is longer than the rest%s; sources with shorter rows draw "
             "more. Type budget.tokens=%d to compare them",
-            source.name, realised, asked, realised,
+            source.name, realised, asked,
+            f" or would change the mix that select.balance={policy.balance} keeps" if balanced else "", realised,
         )  # fmt: skip
     funnel = (*candidates.funnel, ("drawn", len(rows)))
     rows = tuple(sorted(rows, key=_by_id))
