@@ -289,7 +289,10 @@ def test_what_may_only_be_read_is_read(
     assert "may only be read" in told[0] and [line.startswith("no result of ") for line in told[1:]] == [True, True]
     assert sorted(tmp_path.rglob("*")) == before
     assert store_main(["gc", "--delete", *where]) == 1
-    assert "cannot be written (Read-only file system)" in capsys.readouterr().err
+    assert capsys.readouterr().err == (
+        f"error: {store.root} may only be read: leave out --delete, or type it as its owner\n"
+    )
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_what_a_suspended_process_left_is_cleared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

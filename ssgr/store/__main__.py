@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections import Counter
@@ -99,8 +100,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.store.is_dir():
         print(f"error: there is no store in {args.store}; type --store DIR", file=sys.stderr)
         return 1
+    if args.delete and not os.access(args.store, os.W_OK):
+        print(f"error: {args.store} may only be read: leave out --delete, or type it as its owner", file=sys.stderr)
+        return 1
     try:
-        store = Store(args.store, reads=not args.delete)
+        store = Store(args.store, reads=True)
         return {"ls": _ls, "verify": _verify, "gc": _gc}[args.command](store, args)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
