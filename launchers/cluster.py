@@ -51,10 +51,13 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
     Raises:
         ValueError: one cannot be.
     """
-    default, own = given.get(DEFAULT) or {}, given.get(kind) or {}
+    default, own = _given(given, DEFAULT), _given(given, kind)
     if _MEMORY & own.keys():  # one of them stands for all
         default = {k: v for k, v in default.items() if k not in _MEMORY}
     asked = {k: v for k, v in {**default, **own}.items() if k == "use_srun" or _wanted(v)}
+    for name, form, example in (("setup", Sequence, "[module load cuda]"), (_EXTRA, Mapping, "{reservation: mylab}")):
+        if name in asked and (isinstance(asked[name], str) or not isinstance(asked[name], form)):
+            raise ValueError(f"hydra.launcher.resources.{kind}.{name}={asked[name]}: give it a form such as {example}")
     if _EXTRA in asked:
         asked[_EXTRA] = {k: v for k, v in asked[_EXTRA].items() if _wanted(v)}
     python, setup = asked.pop("python", None), [*(asked.pop("setup", ()))]
@@ -99,6 +102,12 @@ def resources(given: Mapping[str, Mapping[str, Any] | None], kind: str) -> Resou
         *setup,
     ]
     return Resources(cpus, gpus * nodes, {_OWN.get(k, k): v for k, v in asked.items()}, python)
+
+
+def _given(given: Mapping[str, Any], kind: str) -> Mapping[str, Any]:
+    if not isinstance(own := given.get(kind) or {}, Mapping):
+        raise ValueError(f"hydra.launcher.resources.{kind}={own}: give words and values, such as {{gpus_per_node: 1}}")
+    return own
 
 
 def _wanted(value: Any) -> bool:

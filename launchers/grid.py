@@ -145,6 +145,9 @@ def _check(settings: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"hydra.launcher.{name}={value}: give a whole number of at least {least}{', or null' if null else ''}"
             )
+    for name in ("fold", "resources"):
+        if not isinstance(value := settings.get(name, {}), Mapping):
+            raise ValueError(f"hydra.launcher.{name}={value}: give kinds of stages in braces, or {{}} for none")
     for stage, home in settings["fold"].items():
         if wrong := {stage, home or stage} - {*KINDS}:
             raise ValueError(

@@ -319,6 +319,13 @@ def test_resources_are_those_of_the_kind_over_the_default() -> None:
         resources({"prune": {"tasks_per_node": 2}}, "prune")
     with pytest.raises(ValueError, match="collect and prune alone run on several nodes"):
         resources({"sample": {"nodes": 2}}, "sample")
+    for wrong in (
+        {"prune": "gpu"},
+        {"default": {"setup": "module load cuda"}},
+        {"prune": {"additional_parameters": 3}},
+    ):
+        with pytest.raises(ValueError, match=r"hydra\.launcher\.resources\.prune.*=.*: give .* such as [{\[]"):
+            resources(wrong, "prune")
     two = resources({"prune": {"nodes": 2, "gpus_per_node": 4}}, "prune")
     assert two.gpus == 8 and two.asked["nodes"] == 2 and two.asked["ntasks_per_node"] == 1
     assert two.asked["srun_args"] == ["--kill-on-bad-exit=1"]

@@ -138,6 +138,8 @@ def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
         ("local", "max_parallel=0", "give a whole number of at least 1, or null"),
         ("local", "timeout_min=0", "give a whole number of at least 1"),
         ("local", "fold.evaluate=grad", "no kind of stage is called grad; valid are convert, sample"),
+        ("local", "fold=null", "give kinds of stages in braces, or {} for none"),
+        ("slurm", "resources=gpu", "give kinds of stages in braces, or {} for none"),
     ],
 )
 def test_settings_of_launchers_that_cannot_be(run: Run, tmp_path: Path, launcher: str, wrong: str, said: str) -> None:
