@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -219,3 +220,36 @@ def test_other_problems_have_no_common_mean(tmp_path: Path) -> None:
     cell(tmp_path / "b", [True], problems="q", calib__draw=1)
     with pytest.raises(ValueError, match="different problems and have no common mean"):
         table.means(find([tmp_path]), ["calib"])
+
+
+DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
+    "no keys": lambda result: result.pop("keys"),
+    "no key of the selection": lambda result: result["keys"].pop("select"),
+    "no difference": lambda result: result["scores"]["held_out"].pop("difference"),
+    "an accuracy that is no number": lambda result: result["scores"]["held_out"]["pruned"].update(accuracy=None),
+    "half an interval": lambda result: result["scores"]["held_out"]["dense"].update(ci95=[0]),
+    "another bench": lambda result: result["config"].update(bench="held_out"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_result_is_named_in_one_sentence(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cell(tmp_path / "0", [True, False])
+    file = tmp_path / "0" / "result.json"
+    result = json.loads(file.read_text())
+    DAMAGE[damage](result)
+    file.write_text(json.dumps(result))
+    for how in ([], ["--by", "calib"]):
+        assert main([str(tmp_path), *how]) == 1
+        assert capsys.readouterr().err.startswith(f"error: {file} is not a result of ssgr (")
+
+
+def test_a_result_without_its_stages_has_a_row_all_the_same(tmp_path: Path) -> None:
+    cell(tmp_path / "0", [True, False])
+    file = tmp_path / "0" / "result.json"
+    result = json.loads(file.read_text())
+    del result["stages"], result["prune"]["sparsity_realised"]
+    file.write_text(json.dumps(result))
+    assert [(row["sparsity realised"], row["seconds"]) for row in table.rows(read(file))][1] == ("", "")

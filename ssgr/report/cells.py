@@ -21,6 +21,7 @@ _ALWAYS = ("calib", "pruner")  # columns that are shown even where all cells agr
 _NAMED = ("calib.draw", "bench.decoding.seed", "budget.tokens", "budget.rows", "select.balance", "sparsity.")  # fields
 # what changes no result
 _NEVER = ("device", "store.", "memory.", "hydra.", "tracker.", "model.device", "batch_size", "workers")
+_SAMPLED = ("accuracy", "mean_tokens", "truncated", "looping")  # what is told of a benchmark that is sampled
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,25 @@ def read(path: Path) -> list[Cell]:
         result = json.loads(path.read_text())
         cells = [Cell(path, result, _fields(result, bench)) for bench in result["scores"]]
         for cell in cells:
-            _ = cell.metric, cell.key("dense"), cell.key("pruned")
+            _check(cell)
         return cells
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a result of ssgr ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is not a result of ssgr ({type(error).__name__}: {error}): it was written by another version of ssgr or "
+            "damaged; give its command again"
+        ) from error
+
+
+def _check(cell: Cell) -> None:
+    """See that a cell has what every table and page is made of."""
+    score, result = cell.score, cell.result
+    _ = cell.metric, cell.key("dense"), cell.key("pruned"), result["keys"]["select"]
+    numbers = [score["difference"], *(score["ci95"][i] for i in (0, 1))]
+    for own in (score["dense"], score["pruned"]):
+        names = _SAMPLED if "attempts" in own else ("value",)
+        numbers += [own["seconds"], *(own["ci95"][i] for i in (0, 1)), *(own[name] for name in names)]
+    numbers += [stage["seconds"] for stage in result.get("stages", {}).values()]
+    sum(numbers)  # a TypeError where one is no number
 
 
 def find(paths: Iterable[Path]) -> list[Cell]:

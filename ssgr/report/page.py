@@ -55,9 +55,9 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
     holes: list[str] = []
     for file in result_files(given):
         try:
-            cells += [_checked(cell) for cell in read(file)]
-        except (ValueError, KeyError, TypeError) as error:
-            holes.append(f"{error}: it was written by another version of ssgr or damaged; give its command again")
+            cells += read(file)
+        except ValueError as error:
+            holes.append(str(error))
     if unfinished:
         holes += [hole for path in given if path.is_dir() for hole in _unfinished(path)]
     if not cells:
@@ -80,18 +80,6 @@ def _unfinished(folder: Path) -> list[str]:
         for cell in begun
         if not (cell / "result.json").exists()
     ]
-
-
-def _checked(cell: Cell) -> Cell:
-    """A cell that has all that no page can do without."""
-    score, own = cell.score, cell.result
-    try:
-        _ = own["keys"]["select"], own["config"]["model"]["name"], score["difference"], score["ci95"]
-        for which in ("dense", "pruned"):
-            _ = score[which].get("accuracy", score[which].get("value")), score[which]["ci95"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{cell.path} has no {error}") from error
-    return cell
 
 
 def gather(cells: Sequence[Cell], holes: Iterable[str] = ()) -> Report:

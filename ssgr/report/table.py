@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ def rows(cells: Sequence[Cell]) -> Rows:
             out.append({**names, "calib": "dense", "pruner": "", **_score(dense), "difference to dense": "",
                         "sparsity realised": "0 %", "seconds": f"{dense['seconds']:.0f}"})  # fmt: skip
     for cell in cells:
-        found, stages = cell.score, cell.result["stages"]
+        found, stages, share = cell.score, cell.result.get("stages"), cell.result["prune"].get("sparsity_realised")
         out.append(
             {
                 **{f: cell.fields[f] for f in shown},
@@ -46,8 +46,8 @@ def rows(cells: Sequence[Cell]) -> Rows:
                 "difference to dense": _interval(found["difference"], found["ci95"], signed=True)
                 + _unit(cell.metric)
                 + (UNSURE if holds_zero(found["ci95"]) else ""),
-                "sparsity realised": f"{100 * cell.result['prune']['sparsity_realised']:.1f} %",
-                "seconds": f"{sum(s['seconds'] for s in stages.values() if not s['cached']):.0f}",
+                "sparsity realised": "" if share is None else f"{100 * share:.1f} %",
+                "seconds": "" if stages is None else f"{_seconds(stages):.0f}",
             }
         )
     return _filled(out)
@@ -65,6 +65,11 @@ def _filled(content: Rows) -> Rows:
                 columns.insert(before, name)
                 before += 1
     return [{name: row.get(name, "") for name in columns} for row in content]
+
+
+def _seconds(stages: Mapping[str, Any]) -> float:
+    """What the stages took that were made for this cell."""
+    return float(sum(stage["seconds"] for stage in stages.values() if not stage.get("cached")))
 
 
 def _unit(metric: str) -> str:
