@@ -79,16 +79,17 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parsed(bare, f"{path.name}, row {number}", parse_int=str, parse_float=str)
 
 
-def parsed(line: str, where: str, **how: Any) -> Any:
-    """What a line of JSON holds.
+def parsed(text: str, where: str, **how: Any) -> Any:
+    """What a line of JSON holds, or several.
 
     Raises:
         ValueError: it is not JSON, or more than Python reads; the message begins with `where`.
     """
     try:
-        return json.loads(line, **how)
+        return json.loads(text, **how)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ValueError(f"{where}: not JSON ({error.msg} at {line}column {error.colno})") from error
     except RecursionError as error:
         raise ValueError(f"{where}: its JSON is nested too deeply to be read; mend the row") from error
     except ValueError as error:  # of an integer with thousands of digits

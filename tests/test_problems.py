@@ -252,11 +252,11 @@ def write_table(path: Path, columns: dict[str, list[str]]) -> Path:
         pq.write_table(pa.table(columns), path)
     else:
         rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-        path.write_text("\n".join(map(json.dumps, rows)))
+        path.write_text(json.dumps(rows, indent=1) if path.suffix == ".json" else "\n".join(map(json.dumps, rows)))
     return path
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
 def test_a_file_of_any_kind_is_a_pool_and_no_answer_is_changed(suffix: str, tmp_path: Path) -> None:
     file = str(write_table(tmp_path / f"train{suffix}", {"q": [f"q{i}" for i in range(len(GOLDS))], "a": GOLDS}))
     columns = Columns("q", "a")
@@ -271,6 +271,12 @@ def test_a_file_of_any_kind_is_a_pool_and_no_answer_is_changed(suffix: str, tmp_
     assert all(one == read[0] for one in read)
     whole = [JsonlProblems("-", columns, file), HubProblems("-", columns, file=file)]
     assert [[p.answer for p in way.read("test")] for way in whole] == [GOLDS, GOLDS]
+
+
+@pytest.mark.parametrize("content", ['[{"problem": "1", "answer": 0.50}]', '{"problem": "1", "answer": 0.50}\n'])
+def test_a_json_file_is_an_array_or_lines_and_its_numbers_stay_as_written(content: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(f"\ufeff\n{content}")
+    assert [p.answer for p in JsonlProblems("-", Columns(), str(tmp_path / "x.json")).read("test")] == ["0.50"]
 
 
 def test_a_folder_of_several_files_numbers_its_rows_through(tmp_path: Path) -> None:
@@ -289,6 +295,9 @@ def test_a_folder_of_several_files_numbers_its_rows_through(tmp_path: Path) -> N
         ("x.csv", b"problem,answer\n1+1,\n", r"^x\.csv, row 1: no answer in column 'answer'"),
         ("x.csv", b"", "holds no problems"),
         ("x.parquet", b"oops", r"^x\.parquet is no Parquet file that can be read"),
+        ("x.json", b'[{"problem": "1+1", "answer": "2"},\n{oops]', r"^x\.json: not JSON .* at line 2, column 2"),
+        ("x.json", b'[{"problem": "1+1", "answer": "2"},\n3]', r"^x\.json, row 2: a row must be a JSON object"),
+        ("x.json", b'{"rows": []}', r"^x\.json, row 1: no question in column 'problem'; its columns are rows"),
         ("x.jsonl", b'{"problem": "1+1", "answer": "2"}\n{oops', r"^x\.jsonl, row 2: not JSON"),
         (
             "x.jsonl",

@@ -1,4 +1,4 @@
-"""Problems from a table: a JSONL, Parquet or CSV file, or any dataset that `datasets` can load."""
+"""Problems from a table: a JSONL, JSON, Parquet or CSV file, or any dataset that `datasets` can load."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.errors import first_line
-from ssgr.files import json_lines, lines
+from ssgr.files import json_lines, lines, parsed
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -150,7 +150,7 @@ def _level(value: object) -> int | None:
 
 @dataclass(frozen=True)
 class JsonlProblems:
-    """Problems from JSONL files, or by their suffix Parquet or CSV: `path` for calibration, `test_path` for the test split.
+    """Problems from JSONL files, or by their suffix JSON, Parquet or CSV: `path` for calibration, `test_path` for the test split.
 
     Without a `test_path` one row in ten, chosen by a hash of its question, is the test split, and the rest calibration.
     """
@@ -211,6 +211,15 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path.name}, row {number + 1}: not CSV ({error})") from error
 
 
+def _json(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of one array; a file that begins with something else is JSONL by another name."""
+    text = "".join(line for _, line in lines(path)).removeprefix("\ufeff").strip()
+    if text.startswith("["):
+        yield from enumerate(parsed(text, path.name, parse_int=str, parse_float=str), 1)
+    else:
+        yield from json_lines(path)
+
+
 def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -225,6 +234,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 _READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".csv": _csv,
     ".parquet": _parquet,
+    ".json": _json,
     ".jsonl": json_lines,
 }  # what `datasets` would read, whose guesses change answers
 
@@ -241,7 +251,7 @@ def _bucket(question: str) -> int:
 class HubProblems:
     """Problems from a dataset id or a local dataset folder through the `datasets` library, or from a local file.
 
-    `file` stands for the test split without the hub: a JSONL, Parquet or CSV file with the same columns.
+    `file` stands for the test split without the hub: a JSONL, JSON, Parquet or CSV file with the same columns.
     """
 
     path: str
@@ -308,7 +318,7 @@ class HubProblems:
 class Together:
     """The test problems of several datasets as one benchmark; the name of each comes before its ids.
 
-    `file` stands for all of them: a JSONL, Parquet or CSV file with the columns of the first.
+    `file` stands for all of them: a JSONL, JSON, Parquet or CSV file with the columns of the first.
     """
 
     parts: Mapping[str, HubProblems]
