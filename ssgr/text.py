@@ -72,23 +72,25 @@ class Text:
     def _dataset(self, seed: int | None) -> Iterable[str]:
         import datasets
 
+        group = self.setting.rpartition(".")[0]
         try:
             how: dict[str, Any] = {"split": self.split, "revision": self.revision, "streaming": True}
             data = datasets.load_dataset(self.name, self.subset, **how)
             for row in data if seed is None else data.shuffle(seed=seed, buffer_size=1000):
                 if self.column not in row:
-                    setting = f"{self.setting.rpartition('.')[0]}.column"
                     raise _NoColumn(
-                        f"{setting}={self.column}: {self.name} has no such column; its columns are {', '.join(row)}. Type "
-                        f"{setting}=COLUMN"
+                        f"{group}.column={self.column}: {self.name} has no such column; its columns are {', '.join(row)}. Type "
+                        f"{group}.column=COLUMN"
                     )
                 yield _told(row[self.column])
         except _NoColumn:
             raise
         except Exception as error:  # the library raises a dozen kinds; all mean that there is no text
             raise ValueError(
-                f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded "
-                f"({first_line(error)}); type {self.setting}=FILE.txt, FILE.jsonl or prose"
+                f"{self.setting}={self.name} is neither a file nor a dataset that can be loaded with "
+                f"{group}.subset={self.subset} {group}.split={self.split} {group}.revision={self.revision} "
+                f"({first_line(error)}); type those of the dataset, null for its default or newest, or "
+                f"{self.setting}=FILE.txt, FILE.jsonl or prose"
             ) from error
 
 

@@ -189,8 +189,11 @@ def test_an_error_without_a_message_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("datasets.load_dataset_builder", late)
     with pytest.raises(ValueError, match=r"cannot be loaded: TimeoutError"):
         HubProblems("a/b", Columns()).read("test")
-    with pytest.raises(ValueError, match=r"calib\.text=a/b is neither a file nor a dataset .* \(TimeoutError"):
-        list(Text("a/b", "calib.text").documents(0))
+    settings = r"calib\.subset=None calib\.split=train calib\.revision=abc"
+    with pytest.raises(
+        ValueError, match=rf"calib\.text=a/b is neither a file .* {settings} \(TimeoutError\); type those of"
+    ):
+        list(Text("a/b", "calib.text", revision="abc").documents(0))
 
 
 def test_a_text_without_its_column_is_told_those_that_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
