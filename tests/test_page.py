@@ -244,6 +244,14 @@ def test_the_room_for_answers_is_shared_among_the_benches(tmp_path: Path, monkey
     assert len(counts[30_000]) == 3 and min(counts[30_000]) > 0 and max(counts[30_000]) <= min(counts[30_000]) + 1 < 12
 
 
+def test_where_the_room_ends_problems_of_all_levels_are_shown(tmp_path: Path) -> None:
+    cells = find([sweep(tmp_path, grid(), response="so " * 400)])
+    whole, part = (traces.sample([("one", cells[0])], traces.Room(room)) for room in (6_000_000, 14_000))
+    assert isinstance(whole, dict) and isinstance(part, dict)
+    every, some = ([problem["id"] for problem in one["problems"]] for one in (whole, part))
+    assert len(some) == len(every) // 2 and some == every[::2]
+
+
 def test_each_pattern_is_a_series_of_its_own_along_the_sparsity(tmp_path: Path) -> None:
     cells = grid(calib=["ssgr", "self"], ratio=[0.5, 0.6]) + grid(calib=["ssgr", "self"], pattern=["2:4", "4:8"])
     found = report(sweep(tmp_path, cells))

@@ -71,14 +71,17 @@ def sample(cells: Sequence[tuple[str, Cell]], room: Room) -> dict[str, Any] | st
     texts = [_by_attempt(read_texts(_texts(cell, which))) for _, cell, which in models]
     ids = sorted(outcomes[0], key=lambda problem: (outcomes[0][problem][0].level or 0, problem))
     thinking = some[0][1].result["config"].get("model", {}).get("thinking") or {}
-    problems = []
-    for problem in _spread(ids, MAX_PROBLEMS):
+    some_ids = _spread(ids, MAX_PROBLEMS)
+    problems: dict[int, dict[str, Any]] = {}
+    for i in sorted(
+        range(len(some_ids)), key=_bits_reversed
+    ):  # where the room ends, easy and hard ones are there alike
         if room.left <= 0:
             break
-        problems.append(_problem(problem, outcomes, texts, thinking, room))
+        problems[i] = _problem(some_ids[i], outcomes, texts, thinking, room)
     return {
         "models": [visible(label) for label, _, _ in models],
-        "problems": problems,
+        "problems": [problems[i] for i in sorted(problems)],
         "attempts": min(MAX_ATTEMPTS, max(len(every) for every in outcomes[0].values())),
         "of": {
             "models": len(cells),
@@ -96,6 +99,11 @@ def _spread(every: Sequence[_T], count: int) -> list[_T]:
     """At most `count` of `every`, evenly spaced."""
     step = max(1.0, len(every) / count)
     return [every[int(i * step)] for i in range(min(count, len(every)))]
+
+
+def _bits_reversed(i: int) -> str:
+    """Numbers from 0 on sorted by this are spread over all of them from the beginning: 0, 4, 2, 6, 1, 5, 3, 7."""
+    return f"{i:032b}"[::-1]
 
 
 def _by_problem(outcomes: Sequence[Outcome]) -> dict[str, list[Outcome]]:
