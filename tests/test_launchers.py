@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import sys
 import textwrap
 from collections import Counter
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Run
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 from launchers import grid, outcome
 from ssgr import assemble, status
@@ -142,9 +145,16 @@ def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
         ("slurm", "resources=gpu", "give kinds of stages in braces, or {} for none"),
     ],
 )
-def test_settings_of_launchers_that_cannot_be(run: Run, tmp_path: Path, launcher: str, wrong: str, said: str) -> None:
-    out = command(run, "-m", f"hydra/launcher={launcher}", f"hydra.launcher.{wrong}", "pruner=magnitude", code=1)
-    assert f"hydra.launcher.{wrong.replace('true', 'True').replace('null', 'None')}: {said}" in out, out
+def test_settings_of_launchers_that_cannot_be(launcher: str, wrong: str, said: str) -> None:
+    settings = OmegaConf.load(ROOT / "launchers" / "hydra" / "launcher" / f"{launcher}.yaml")
+    OmegaConf.update(settings, wrong.split("=")[0], OverridesParser.create().parse_override(wrong).value())
+    with pytest.raises(ValueError, match=rf"^hydra\.launcher\.{re.escape(wrong.split('=')[0])}=.*: {re.escape(said)}"):
+        grid._check(OmegaConf.to_container(settings))  # type: ignore[arg-type]
+
+
+def test_a_setting_of_a_launcher_that_cannot_be_is_one_sentence(run: Run, tmp_path: Path) -> None:
+    out = command(run, "-m", "hydra/launcher=local", "hydra.launcher.fold=null", "pruner=magnitude", code=1)
+    assert "hydra.launcher.fold=None: give kinds of stages in braces" in out, out
     assert "Traceback" not in out and not (tmp_path / "store" / "jobs").exists()
 
 

@@ -73,9 +73,7 @@ def sample(cells: Sequence[tuple[str, Cell]], room: Room) -> dict[str, Any] | st
     thinking = some[0][1].result["config"].get("model", {}).get("thinking") or {}
     some_ids = _spread(ids, MAX_PROBLEMS)
     problems: dict[int, dict[str, Any]] = {}
-    for i in sorted(
-        range(len(some_ids)), key=_bits_reversed
-    ):  # where the room ends, easy and hard ones are there alike
+    for i in sorted(range(len(some_ids)), key=_bits_reversed):  # easy and hard ones alike until the room ends
         if room.left <= 0:
             break
         problems[i] = _problem(some_ids[i], outcomes, texts, thinking, room)
