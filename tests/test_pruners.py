@@ -303,6 +303,20 @@ def test_dead_inputs_are_pruned() -> None:
     assert torch.all(got[:, 5] == 0) and torch.isfinite(got).all()
 
 
+@pytest.mark.parametrize("unit", [1e-3, 1.0, 1e3])
+def test_dead_inputs_change_nothing_of_the_others(unit: float) -> None:
+    w_OI, x_TI = problem()
+    dead = torch.zeros(len(x_TI), 8, dtype=x_TI.dtype)
+    wider_OI, seen = torch.cat([w_OI, w_OI[:, :8]], 1).float(), moments(unit * torch.cat([x_TI, dead], 1))
+    want = prune(SparseGPT(), w_OI.float(), moments(x_TI), NM(2, 4))
+    got = prune(SparseGPT(), wider_OI, seen, NM(2, 4))[:, :-8]
+    assert torch.equal(got != 0, want != 0)
+    assert float((got - want).norm() / want.norm()) < 1e-4
+    score = SparseGPT().score(wider_OI, seen) / unit**2
+    assert torch.all(score[:, -8:] == 0)
+    assert torch.allclose(score[:, :-8], SparseGPT().score(w_OI.float(), moments(x_TI)), rtol=1e-3)
+
+
 SHAPES = (st.integers(1, 40), st.integers(1, 40), st.floats(0.01, 0.99), st.sampled_from(["row", "layer"]))
 
 

@@ -129,6 +129,9 @@ def checked_gram(inputs: Moments | None, name: str) -> Tensor:
 
 
 def alive(h_II: Tensor) -> Tensor:
-    """`h_II` with inputs that are always zero made independent of the others, in place."""
-    h_II.diagonal()[h_II.diagonal() == 0] = 1
+    """`h_II` with inputs that are always zero as independent ones of the usual size, in place: whatever the unit of the others,
+    they change neither the mean of the diagonal nor its range."""
+    diagonal_I = h_II.diagonal()
+    usual = diagonal_I.sum() / diagonal_I.count_nonzero()  # NaN where all are always zero
+    diagonal_I.masked_fill_(diagonal_I == 0, usual.nan_to_num(1.0))
     return h_II

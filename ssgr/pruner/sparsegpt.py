@@ -50,9 +50,11 @@ class SparseGPT:
         return "gram"
 
     def score(self, w_OI: Tensor, inputs: Moments | None) -> Tensor:
-        """w^2 / [H^-1]_jj (eq. 3), (O, I): what losing each weight alone would cost."""
-        u_II, _ = inverse_factor(alive(checked_gram(inputs, self.name)), self.damping, self.name)
-        return w_OI.square() / u_II.square().sum(0)
+        """w^2 / [H^-1]_jj (eq. 3), (O, I): what losing each weight alone would cost, nothing where its input is always zero."""
+        h_II = checked_gram(inputs, self.name)
+        live_I = h_II.diagonal() != 0
+        u_II, _ = inverse_factor(alive(h_II), self.damping, self.name)
+        return w_OI.square() * live_I / u_II.square().sum(0)
 
     def prune(
         self, ws: Sequence[Tensor], inputs: Moments | None, sparsities: Sequence[Sparsity], names: Sequence[str]

@@ -46,7 +46,7 @@ from ssgr.stages.steps import Owners, repeated, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
-VERSION = 7
+VERSION = 8
 _log = logging.getLogger("ssgr")
 
 
