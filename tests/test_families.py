@@ -502,6 +502,17 @@ def test_experts_that_cannot_be_heard_are_refused() -> None:
             check(model, Wanda(), HALF)
 
 
+def test_experts_in_one_matrix_are_refused() -> None:
+    size = {"d_model": 32, "n_heads": 4, "n_layers": 2, "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}}
+    own = {"hidden_size": 32, "ffn_hidden_size": 48, "moe_num_experts": 4}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("dbrx", vocab_size=64, **size, ffn_config=own))
+    with pytest.raises(
+        ValueError, match=r"ffn\.experts\.mlp holds matrices larger than any linear layer \(w1, v1, w2\)"
+    ):
+        check(model, Wanda(), HALF)
+
+
 class Listed(nn.Module):
     """Experts in a list, each given its own tokens."""
 

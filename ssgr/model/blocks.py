@@ -212,7 +212,7 @@ def matrices(block: nn.Module, include: Sequence[str] = (), exclude: Sequence[st
 
     Raises:
         NothingLeft: none is left.
-        ValueError: the block has stacked matrices of an unknown kind.
+        ValueError: the block has matrices of an unknown kind that are stacked, or larger than all others.
     """
     every = _every(block)
     routers = _routers(block, every)
@@ -245,20 +245,31 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _every(block: nn.Module) -> dict[str, Matrix]:
     out: dict[str, Matrix] = {}
+    others: dict[str, list[tuple[str, int]]] = {}  # of modules of other kinds: their matrices, and how large they are
     for name, module in block.named_modules():
+        stacked = experts.stacked(module)
         if isinstance(module, (nn.Linear, Conv1D)):
             out[name] = Matrix(name, f"{name}.weight", module, None, isinstance(module, Conv1D))
-        stacked = experts.stacked(module)
+        elif not isinstance(module, nn.Embedding):
+            others[name] = [(leaf, p.numel()) for leaf, p in module.named_parameters(recurse=False) if p.ndim == 2]
         if stacked and not experts.is_stacked(module):
-            raise ValueError(
-                f"{type(block).__name__}: {name} holds stacked matrices ({', '.join(stacked)}) that transformers' experts "
-                "interface does not run, so what enters them cannot be heard; choose a model of its own classes"
-            )
+            raise _unheard(block, name, "stacked matrices", list(stacked))
         for leaf, param in stacked.items():
             for i in range(len(param)):
                 own = f"{name}.{i}.{leaf}"
                 out[own] = Matrix(own, f"{name}.{leaf}", module, i, module.is_transposed)
+    most = max((matrix.weight_OI.numel() for matrix in out.values()), default=0)
+    for name, found in others.items():  # smaller ones are routers, biases of experts, states
+        if large := [leaf for leaf, size in found if size > most]:
+            raise _unheard(block, name, "matrices larger than any linear layer", large)
     return out
+
+
+def _unheard(block: nn.Module, name: str, what: str, leaves: Iterable[str]) -> ValueError:
+    return ValueError(
+        f"{type(block).__name__}: {name} holds {what} ({', '.join(leaves)}) that transformers' experts interface does not "
+        "run, so what enters them cannot be heard; choose a model of its own classes"
+    )
 
 
 def _routers(block: nn.Module, every: dict[str, Matrix]) -> set[str]:
