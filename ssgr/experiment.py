@@ -67,6 +67,11 @@ class Experiment:
                     f"bench.engine={type(bench.engine).__name__} does not run the model that it is given, so the dense and the "
                     "pruned model would get the same answers: type bench.engine._target_=ssgr.sampler.hf.HfSampler"
                 )
+        if self.sparsity.group and self.allocation.needs != "nothing":
+            raise ValueError(
+                f"allocation={self.allocation.name} gives every layer a share of its own, and n:m is the same in all: type "
+                "allocation=uniform, or sparsity=u50"
+            )
         if self.pruner.statistic == "gradient":
             if self.passing.propagate == "dense":
                 raise ValueError(

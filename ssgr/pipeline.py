@@ -106,7 +106,7 @@ def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:
     """The flow of an experiment that is checked as far as it can be before hours of sampling."""
     model, converted = gguf.stored(experiment.model, store)
     skeleton = model.skeleton()
-    prune.check(skeleton, experiment.pruner, experiment.sparsity)
+    prune.check(skeleton, experiment.pruner, experiment.sparsity, experiment.collects != "none")
     budget = _within_context(experiment.budget, skeleton)
     flow = Flow(dataclasses.replace(experiment, model=model, budget=budget), store, gguf.record(converted), parts)
     if converted:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
 from tests.conftest import ROOT, TINY, Run
@@ -25,6 +26,7 @@ CASES = {
     "sparsity": (["sparsity.ratio=1.5"], ["sparsity.ratio=1.5", "sparsity.ratio=0.5"]),
     "sparsity zero": (["sparsity.ratio=0"], ["between 0 and 1"]),
     "n:m": (["sparsity=n2m4", "sparsity.m=5", "calib=corpus", "bench=smoke"], ["q_proj", "192 inputs", "groups of 5"]),
+    "n:m by layer": (["sparsity=n2m4", "allocation=owl"], ["allocation=owl gives every layer a share of its own"]),
     "model path": (["model=local", "model.path=./nowhere"], ["model.path=./nowhere", "config.json"]),
     "model without path": (["model=local"], ["model.path"]),
     "device": (["device=gpu0"], ["gpu0", "cuda"]),
@@ -54,6 +56,17 @@ def told(run: Run, overrides: list[str], wanted: list[str], small: bool = True) 
 @pytest.mark.parametrize("case", CASES)
 def test_bad_input_is_told_in_a_sentence(case: str, run: Run) -> None:
     told(run, *CASES[case])
+
+
+def test_an_output_layer_without_statistics_is_refused_before_they_are_collected(run: Run, tmp_path: Path) -> None:
+    model = TINY.load()
+    model.config.tie_word_embeddings = False
+    model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+    model.save_pretrained(tmp_path / "untied")
+    TINY.tokenizer().save_pretrained(tmp_path / "untied")
+    own = ["model.path=./untied", "pruner.include=[*,lm_head]", "propagate=dense", "calib=corpus", "bench=smoke"]
+    said = told(run, own, ["output layer is not among the stored statistics"])
+    assert "collect:" not in said
 
 
 def test_a_row_without_an_answer_is_named(run: Run, tmp_path: Path) -> None:

@@ -112,14 +112,9 @@ def _prune(
     if walk.device.type == "cuda":
         torch.cuda.init()  # this may be the first that is asked of it
         torch.cuda.reset_peak_memory_stats(walk.device)
-    check(walk.model, pruner, method.sparsity)
-    layers = [_chosen(block, pruner) for block in walk.blocks]
     stored = Statistics(statistics) if statistics else None
-    if stored and len(walk) > len(walk.decoder):
-        raise ValueError(
-            "pruner.include: what enters the output layer is not among the stored statistics, which propagate=dense and "
-            f"allocation={method.allocation.name} read: type propagate=pruned allocation=uniform, or leave it out"
-        )
+    check(walk.model, pruner, method.sparsity, stored is not None)
+    layers = [_chosen(block, pruner) for block in walk.blocks]
     listens = calibration is not None and passing.propagate == "pruned" and pruner.statistic != "none"
     rows = passages(calibration, method.scope) if listens and calibration else []
     disk = walk.source.size - journal.written(work / CHECKPOINT)
@@ -217,14 +212,20 @@ def _chosen(block: nn.Module, pruner: Pruner) -> dict[str, Matrix]:
         return {}
 
 
-def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity) -> None:
-    """See that `model` (with or without weights) can be pruned this way.
+def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity, stored: bool = False) -> None:
+    """See that `model` (with or without weights) can be pruned this way; `stored` says whether `collect`'s statistics are read.
 
     Raises:
-        ValueError: its blocks or matrices are not found, a pattern matches none, or n:m does not divide a layer's inputs.
+        ValueError: its blocks or matrices are not found, a pattern matches none, n:m does not divide a layer's inputs, or
+            what enters a layer is not among what is stored.
     """
     prefix, blocks = decoder_blocks(model)
     tail = [Tail(model, blocks)] if prunes_head(model, pruner.include, pruner.exclude) else []
+    if tail and stored:
+        raise ValueError(
+            "pruner.include: what enters the output layer is not among the stored statistics, which propagate=dense and "
+            "allocations but uniform read: type propagate=pruned allocation=uniform, or leave it out"
+        )
     for option, patterns in (("include", pruner.include), ("exclude", pruner.exclude)):
         for pattern in patterns:
             ends = fnmatch(output_layer(model), pattern) if option == "exclude" else pattern == output_layer(model)
