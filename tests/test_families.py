@@ -30,6 +30,7 @@ from ssgr.model import Model
 from ssgr.model.blocks import matrices
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
+from ssgr.pruner.dsnot import DSnoT
 from ssgr.pruner.ria import RIA
 from ssgr.pruner.sparsegpt import SparseGPT
 from ssgr.pruner.wanda import Wanda
@@ -490,6 +491,14 @@ def test_a_pattern_without_a_layer_is_refused_with_the_layers_there_are(name: st
     ):  # where there is one, it is no linear layer
         with pytest.raises(ValueError, match=rf"'mlp\.gate' matches no layer; layers are .*{last.get(name, 'q_proj')}"):
             check(model, wrong, HALF)
+
+
+def test_a_skip_without_a_layer_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    model = FAMILIES["llama"].model()
+    check(model, DSnoT(Wanda()), HALF)
+    assert not caplog.records
+    check(model, DSnoT(Wanda(), skip=("mlp.up_proj",)), HALF)
+    assert "'mlp.up_proj' matches no layer; its patterns are of full names, such as model.layers.0." in caplog.text
 
 
 def test_experts_that_cannot_be_heard_are_refused() -> None:

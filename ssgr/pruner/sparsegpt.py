@@ -19,7 +19,7 @@ from ssgr.sparsity import Compare, Sparsity
 
 _log = logging.getLogger("ssgr")
 _TRIES = 8  # dampings tried, each ten times the last
-_STEPS = 16  # of Lanczos: the condition number is then right to one percent
+_STEPS = 16  # of Lanczos: the condition number is then right to two percent
 _COLUMNS = 32  # of a block, updated one by one; the others by one product of matrices (the same sums, in another order)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import filter as matching
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -238,6 +239,12 @@ def check(model: PreTrainedModel, pruner: Pruner, sparsity: Sparsity, stored: bo
     chosen = [_chosen(block, pruner) for block in (*blocks, *tail)]
     if not any(chosen):
         matrices(blocks[0], pruner.include, pruner.exclude)  # says what there is
+    whole = [f"{prefix}.{i}.{name}" for i, block in enumerate(blocks) for name in names(block, "*")]
+    for pattern in getattr(pruner, "skip", ()):
+        if not matching(whole, pattern):
+            _log.warning(
+                "pruner.skip: %r matches no layer; its patterns are of full names, such as %s", pattern, whole[0]
+            )
     for i, layers in enumerate(chosen):
         for name, matrix in layers.items():
             if pruner.statistic == "gradient" and matrix.expert is not None:
