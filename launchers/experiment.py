@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import hydra
@@ -14,6 +15,15 @@ from ssgr.experiment import Experiment
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
 
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number (without a point or exponent)"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text (a number in quotes)"),
+    "None": ((type(None),), "null"),
+}
+_GROUPS = ("grader", "problems")  # of which a benchmark has its own
+
 
 def build(cfg: DictConfig) -> Experiment:
     """The experiment that `cfg` describes.
@@ -24,7 +34,9 @@ def build(cfg: DictConfig) -> Experiment:
 
     def make(node: str) -> Any:
         try:
-            return hydra.utils.instantiate(OmegaConf.select(cfg, node), _convert_="all")
+            config = OmegaConf.select(cfg, node)
+            _check(node, OmegaConf.to_container(config, resolve=True))
+            return hydra.utils.instantiate(config, _convert_="all")
         except InstantiationException as error:
             cause = error.__cause__
             if isinstance(cause, TypeError):  # a key that the chosen class does not take
@@ -58,3 +70,25 @@ def build(cfg: DictConfig) -> Experiment:
         decontaminate=make("decontaminate"),
         shard=cfg.shard,
     )
+
+
+def _check(node: str, config: Any) -> None:
+    """See that each setting is of the kind that its class says: to Hydra `no` and `off` are words, and a word counts as true.
+
+    Raises:
+        ValueError: one is not; the message names it.
+    """
+    if not isinstance(config, dict):
+        return
+    chosen = hydra.utils.get_object(config["_target_"]) if "_target_" in config else None
+    kinds = {one.name: str(one.type).split(" | ") for one in fields(chosen)} if is_dataclass(chosen) else {}
+    for name, value in config.items():
+        at = f"{node}.{name}"
+        _check(at, value)
+        if name in _GROUPS and isinstance(value, str):
+            raise ValueError(f"{at}={value}: {name} is a group of settings; type +{name}@{at}={value}")
+        if value == "???" or not all(kind in _KINDS for kind in kinds.get(name, ["unknown"])):
+            continue  # Hydra tells of what is missing, and the class looks at other kinds
+        known = [_KINDS[kind] for kind in kinds[name]]
+        if not any(type(value) in types for types, _ in known):
+            raise ValueError(f"{at}={value}: give {' or '.join(told for _, told in known)}")

@@ -110,7 +110,7 @@ def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["calib.draw=null"], r"calib\.draw=None: give a whole number of at least 0"),
+        (["calib.draw=null"], r"calib\.draw=None: give a whole number"),
         (["calib.draw=-1"], r"calib\.draw=-1: give a whole number"),
         (
             ["bins=difficulty_length", "+scope.bins.hrd_medium=2"],
@@ -121,6 +121,44 @@ def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
 def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> None:
     with pytest.raises(Exception, match=said):
         build(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.trust_remote_code=no"], r"^model\.trust_remote_code=no: give true or false$"),
+        (["decontaminate.enabled=off"], r"^decontaminate\.enabled=off: give true or false$"),
+        (["model.thinking.required=no"], r"^model\.thinking\.required=no: give true or false$"),
+        (["sampler=replay", "sampler.engine.path=x", "sampler.engine.on_policy=no"], r"on_policy=no: give true"),
+        (["bench.decoding.seed=1.5"], r"^bench\.decoding\.seed=1\.5: give a whole number"),
+        (["sampler.engine.workers=many"], r"^sampler\.engine\.workers=many: give a whole number \(.*\) or null$"),
+        (["sampler.decoding.temperature=hot"], r"^sampler\.decoding\.temperature=hot: give a number$"),
+        (["sampler.decoding.temperature=nan"], r"temperature=nan top_p=0\.95: give temperature >= 0"),
+        (["bench.name=3"], r"^bench\.name=3: give a text \(a number in quotes\)$"),
+        (
+            ["+bench.grader=math"],
+            r"^bench\.grader=math: grader is a group of settings; type \+grader@bench\.grader=math$",
+        ),
+        (["bench.problems=gsm8k_train"], r"; type \+problems@bench\.problems=gsm8k_train$"),
+        (["bench=suite/smoke", "+bench.benches.smoke.grader=math"], r"\+grader@bench\.benches\.smoke\.grader=math$"),
+    ],
+)
+def test_a_setting_is_of_the_kind_that_its_class_says(overrides: list[str], said: str) -> None:
+    """To Hydra `no` is a word, and a word counts as true: remote code would be run."""
+    with pytest.raises(ValueError, match=said):
+        build(*overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["+grader@bench.grader=math", "bench.name='3'", "sampler.decoding.temperature=1"],
+        ["+problems@bench.problems=gsm8k_train", "model.trust_remote_code=True"],
+        ["bench=suite/smoke", "+grader@bench.benches.smoke.grader=math", "budget.tokens=null", "budget.rows=8"],
+    ],
+)
+def test_what_those_sentences_say_to_type_is_taken(overrides: list[str]) -> None:
+    assert isinstance(build(*overrides), Experiment)
 
 
 def test_a_scope_names_its_bins() -> None:

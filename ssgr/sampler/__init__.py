@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ssgr.loadable import Loadable
@@ -28,7 +29,7 @@ class Decoding:
         for name, n in (("attempts", self.attempts), ("max_new_tokens", self.max_new_tokens)):
             if not isinstance(n, int) or n < 1:
                 raise ValueError(f"{name}={n}: give a whole number of at least 1, without a point or exponent")
-        if self.temperature < 0 or not 0 < self.top_p <= 1:
+        if not 0 <= self.temperature < inf or not 0 < self.top_p <= 1:
             raise ValueError(
                 f"temperature={self.temperature} top_p={self.top_p}: give temperature >= 0 (0 is greedy) and 0 < top_p <= 1"
             )
