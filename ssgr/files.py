@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from ssgr.errors import first_line
+
 
 def write_bytes(file: Path, content: bytes) -> None:
     """Write beside `file` and give it the name; of several processes that do so at once, the last one's stays."""
@@ -77,6 +79,22 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
         bare = line.removeprefix("\ufeff").strip()
         if bare:
             yield number, parsed(bare, f"{path.name}, row {number}", parse_int=str, parse_float=str)
+
+
+def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The rows of a Parquet file, each with its number.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        batches = pq.ParquetFile(path).iter_batches()
+        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{path.name} is no Parquet file that can be read ({first_line(error)})") from error
 
 
 def parsed(text: str, where: str, **how: Any) -> Any:

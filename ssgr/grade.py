@@ -38,7 +38,7 @@ def read(path: Path) -> list[dict[str, str]]:
         raise ValueError(f"{path}: there is no such file; give a JSONL file with id, gold and pred")
     out: list[dict[str, str]] = []
     seen: dict[str, int] = {}
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    with path.open(encoding="utf-8-sig", errors="replace") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue

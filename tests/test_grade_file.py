@@ -33,7 +33,8 @@ def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
         (" ", "$1$", "grader_failed"), (5, 5, "right"), ("7", "<think>maybe 7", "no_answer"),
     ]  # fmt: skip
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
-    source.write_text("\n".join(json.dumps({"id": i, "gold": g, "pred": p}) for i, (g, p, _) in enumerate(answers)))
+    rows = [json.dumps({"id": i, "gold": g, "pred": p}) for i, (g, p, _) in enumerate(answers)]
+    source.write_text("\n".join(rows), encoding="utf-8-sig")  # as Windows writes it
     done = grade("--grader", "math", "--seconds", 3, "--workers", 2, source, out)
     assert done.returncode == 0, done.stderr
     got = lines(out)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -241,8 +242,8 @@ def test_a_replayed_row_that_is_no_trace_is_named(
 ) -> None:
     good = {"problem_id": "a", "attempt": 0, "generated_ids": [5], "finish": "stop"}
     file = tmp_path / "traces.jsonl"
-    file.write_text(json.dumps(good) + "\n" + json.dumps({**good, "attempt": 1, **wrong}))
-    with pytest.raises(ValueError, match=rf"^traces.jsonl, row 2: {said}"):
+    file.write_text("\ufeff" + json.dumps(good) + "\n\n" + json.dumps({**good, "attempt": 1, **wrong}))
+    with pytest.raises(ValueError, match=rf"^traces.jsonl, row 3: {said}"):
         list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("a", 0, (1,))], SAMPLING))
 
 
@@ -270,6 +271,31 @@ def test_replay_takes_saved_traces_whole_whatever_was_replayed_before(
         how = (ReplaySampler(str(tmp_path / "saved.parquet")), Decoding(1, 0.6, 0.95, 8, 0), None)
         made, _ = Flow(x, Store(tmp_path / "store")).sampled("sample", problems, "calibration", *how)
     assert [(len(t.generated_ids), t.finish) for t in read_traces(made.path / "traces.parquet")] == [(40, "stop")] * 4
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])
+def test_an_attempt_that_is_saved_twice_is_refused(
+    suffix: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """As where two files were joined: the first would be lost, and nothing said."""
+    file, _ = saved(tmp_path, ".jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file = tmp_path / f"twice{suffix}"
+    if suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist([*rows, rows[1]]), file)
+    else:
+        file.write_text("\n".join(map(json.dumps, [*rows, rows[1]])))
+    with pytest.raises(ValueError, match=rf"twice{suffix}: attempt 1 of p0 is there twice; give each once"):
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("p0", 1, (1,))], SAMPLING))
+
+
+def test_a_damaged_file_of_traces_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file, _ = saved(tmp_path, ".parquet")
+    content = bytearray(file.read_bytes())
+    content[4:60] = bytes(56)
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^traces\.parquet is no Parquet file that can be read"):
+        list(ReplaySampler(str(file)).sample(TINY, tokenizer, [Request("p0", 1, (1,))], SAMPLING))
 
 
 def test_replay_names_the_first_missing_attempt(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

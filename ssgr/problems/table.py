@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.errors import first_line
-from ssgr.files import json_lines, lines, parsed
+from ssgr.files import json_lines, lines, parquet_rows, parsed
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -220,20 +220,9 @@ def _json(path: Path) -> Iterator[tuple[int, Any]]:
         yield from json_lines(path)
 
 
-def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        batches = pq.ParquetFile(path).iter_batches()
-        yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path.name} is no Parquet file that can be read ({first_line(error)})") from error
-
-
 _READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".csv": _csv,
-    ".parquet": _parquet,
+    ".parquet": parquet_rows,
     ".json": _json,
     ".jsonl": json_lines,
 }  # what `datasets` would read, whose guesses change answers

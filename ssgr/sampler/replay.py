@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from ssgr.files import lines, parsed
+from ssgr.files import lines, parquet_rows, parsed
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, stop_ids
@@ -59,11 +59,12 @@ class ReplaySampler:
         """Yield the saved trace of each request.
 
         Raises:
-            ValueError: the file is missing or is not of a form, or lacks an attempt; the first is named.
+            ValueError: the file is missing or is not of a form, lacks an attempt, or has one twice; the first is named.
         """
-        rows = list(_rows(_file(self.path)))
+        numbered = list(_rows(_file(self.path)))
+        rows = [row for _, row in numbered]
         kind = next((kind for kind in (_SGLANG, _DEEPSPEED) if rows and set(kind) <= rows[0].keys()), _OWN)
-        for number, row in enumerate(rows, 1):
+        for number, row in numbered:
             if lacking := [name for name in kind if row.get(name) is None]:
                 raise ValueError(
                     f"{Path(self.path).name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(kind)}"
@@ -99,7 +100,14 @@ class ReplaySampler:
         )
 
     def _by_name(self, rows: Sequence[_Saved], requests: Sequence[Request]) -> Callable[[Request], Trace]:
-        saved = {(str(row["problem_id"]), int(row["attempt"])): row for row in rows}
+        saved: dict[tuple[str, int], _Saved] = {}
+        for row in rows:
+            problem, attempt = at = str(row["problem_id"]), int(row["attempt"])
+            if at in saved:
+                raise ValueError(
+                    f"sampler.engine.path={self.path}: attempt {attempt} of {problem} is there twice; give each once"
+                )
+            saved[at] = row
         if missing := [r for r in requests if (r.problem_id, r.attempt) not in saved]:
             raise self._lacks(missing, requests, "lower sampler.decoding.attempts or give the file of these problems")
 
@@ -176,17 +184,16 @@ def _file(name: str) -> Path:
     return path
 
 
-def _rows(path: Path) -> Iterator[_Saved]:
+def _rows(path: Path) -> Iterator[tuple[int, _Saved]]:
     if path.suffix == ".parquet":
-        import pyarrow.parquet as pq
-
-        yield from pq.read_table(path).to_pylist()
+        yield from parquet_rows(path)
         return
     for number, line in lines(path):
-        if not line.strip():
+        bare = line.removeprefix("\ufeff").strip()
+        if not bare:
             continue
         where = f"{path.name}, row {number}"
-        row = parsed(line, where)
+        row = parsed(bare, where)
         if not isinstance(row, dict):
             raise ValueError(f"{where}: a trace must be a JSON object with {', '.join(_OWN)}")
-        yield row
+        yield number, row
