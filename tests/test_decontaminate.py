@@ -31,6 +31,8 @@ def hits(question: str, benchmark: str, **how: object) -> list[Hit]:
     [
         ("What is  $2+3$?", "what is 2 + 3?", True),
         ("Find \\left(x\\right) in $\\mathrm{cm}$", "find ( x ) in {cm}", True),
+        ("Add $\\dfrac{1}{2}$ and $\\tfrac13$.", "Add $\\frac{1}{2}$ and $\\frac13$.", True),
+        ("Solve \\(x^2=4\\) and \\[y=1\\]", "Solve $x^2 = 4$ and $$y=1$$", True),
         ("What is 2+3?", "What is 2*3?", False),
         ("What is 2+3?", "What is 2+31?", False),
         ("Find $x_1$", "Find $x_2$", False),

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from ssgr.records import Problem
 
 _TOKEN = re.compile(r"[^\W\d_]+|\d+|[^\w\s]")  # a word, a number, or a sign: 2+3 is not 2*3
-_SPACING = re.compile(r"\\[,;:!]|\\(?:left|right|displaystyle|quad|qquad|text|mathrm|mathbf|dfrac|tfrac)\b|[~$]")
+_SPACING = re.compile(
+    r"\\[,;:!()[\]]|\\(?:left|right|displaystyle|quad|qquad|text|mathrm|mathbf|[dt]?frac)(?![A-Za-z])|[~$]"
+)
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Hit:
 
 @dataclass(frozen=True)
 class Decontaminate:
-    """Problems are the same if their text is, but for case, spaces, dollar signs and LaTeX's spacing, or if they share
-    `ngram` tokens in a row: at least `share` of all such runs of the calibration problem stand in one of the benchmark.
+    """Problems are the same if their text is, but for case, spaces, the signs around formulas and LaTeX's spacing, or if they
+    share `ngram` tokens in a row: at least `share` of all such runs of the calibration problem stand in one of the benchmark.
     What is asked beside the question, such as to reason step by step, is not compared. A question of multiple choice is also
     the same as one without options, if it has more words than half of `ngram`: fewer may ask anything ("Which is true?").
 
