@@ -129,6 +129,16 @@ def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
         ({"answer": "x"}, "row 2: no question in column 'problem'"),
         ({"problem": "x", "answer": "  "}, "row 2: no answer in column 'answer'"),
         ({"problem": "x", "answer": []}, "row 2: no answer in column 'answer'"),
+        ({"problem": "x", "answer": float("nan")}, "row 2: no answer in column 'answer'"),
+        (
+            {"problem": [{"role": "user", "content": "1+1?"}], "answer": "2"},
+            r"row 2: no question in column 'problem', which holds no text but \[.*1\+1.*; its columns are problem, answer\. Type",
+        ),
+        (
+            {"problem": "x", "answer": {"style": "rule"}},
+            r"row 2: no answer in column 'answer', which holds no text but .*rule",
+        ),
+        ({"problem": "x", "answer": [["2"]]}, r"row 2: no answer in column 'answer', which holds no text but"),
         ({"problem": "x", "answer": "work #### "}, "row 2: no answer in column 'answer'"),
         ("{oops", "row 2: not JSON"),
         ("[1]", "row 2: a row must be a JSON object"),

@@ -57,11 +57,11 @@ class Columns:
         """One row as a problem; `before` are the rows of the files that come before its own.
 
         Raises:
-            ValueError: no question or no answer; the row is named.
+            ValueError: no question or no answer, or one that is no text; the row is named.
         """
         own = isinstance(self.choices, str) or self.choices is None  # the answer has a column of its own
         for role in ("question", "answer") if own else ("question",):
-            if _blank(row.get(getattr(self, role))):
+            if _blank(value := row.get(getattr(self, role))) or _nested(value, several=role == "answer"):
                 raise self._lacks(role, row, f"{source}, row {number}")
         question = bare = str(row[self.question])
         solution = row.get(self.solution) if self.solution else None
@@ -90,8 +90,12 @@ class Columns:
         )
 
     def _lacks(self, role: str, row: Mapping[str, Any], where: str) -> _BadRow:
+        column = getattr(self, role)
+        nested = (
+            f", which holds no text but {row[column]!s:.60}" if isinstance(row.get(column), (Mapping, list)) else ""
+        )
         return _BadRow(
-            f"{where}: no {role} in column {getattr(self, role)!r}; its columns are {', '.join(row) or 'none'}. "
+            f"{where}: no {role} in column {column!r}{nested}; its columns are {', '.join(row) or 'none'}. "
             f"Type problems.columns.{role}=COLUMN, or mend the row"
         )
 
@@ -110,7 +114,7 @@ class Columns:
                 )
             options, given = [str(one) for one in listed], str(row[self.answer]).strip()
             right = ord(given.upper()) - ord("A") if given.isalpha() and len(given) == 1 else -1
-            right = int(given) if given.isdigit() else right
+            right = int(given) if given.isdecimal() else right
             if labels:
                 told = [str(one).strip() for one in labels]
                 right = told.index(given) if given in told else -1
@@ -140,7 +144,14 @@ class Columns:
 
 
 def _blank(value: object) -> bool:
-    return value in (None, []) or (isinstance(value, str) and not value.strip())
+    return value in (None, []) or value != value or (isinstance(value, str) and not value.strip())  # NaN is none
+
+
+def _nested(value: object, several: bool) -> bool:
+    """Whether `value` is no text, such as the turns of a chat, nor `several` texts where those may be."""
+    if several and isinstance(value, list):
+        return any(_nested(one, several=False) for one in value)
+    return isinstance(value, (Mapping, list))
 
 
 def _level(value: object) -> int | None:
