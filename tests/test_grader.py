@@ -286,6 +286,10 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
             ("x^2y", "yx^2"), ("3a^2b", "3ba^2"), ("x_1y", "yx_1"), ("2e", "2\\exp(1)"))),
         *(("5", f"\\boxed{{3}}{words}\\boxed{{5}}", RIGHT) for words in ("\n\nSo ", " no: ", ". \u6240\u4ee5 ")),
         ("3, 4", "\\boxed{3} cm and \\boxed{4} cm", RIGHT),
+        *((gold, f"\\boxed{{{gold}{stop}}}", RIGHT) for gold in ("5", "(1,2)", "2x", "\\frac{1}{2}", "\\text{C}", "5\\text{ cm}")
+          for stop in (".", " .", ". ")),
+        ("5", "\\boxed{\\text{5.}}", RIGHT), ("5", "\\boxed{6.}", WRONG), ("\\boxed{5.}", "5", RIGHT),
+        ("\\text{7 a.m.}", "\\boxed{\\text{7 a.m.}}", RIGHT),
         ("5\\text{ m}", "5", RIGHT), ("7", "\\boxed{3}. Wait, that is wrong.\n\n\\boxed{7}", RIGHT),
         ("3, 4", "\\boxed{3} and \\boxed{4}", RIGHT), ("3, 4", "$x=\\boxed{3}$, $y=\\boxed{4}$", RIGHT),
         ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),

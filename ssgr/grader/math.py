@@ -41,6 +41,9 @@ _BETWEEN = re.compile(  # a word, where only and, or, units and signs part the b
 _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is there
     r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
 )
+_STOP = re.compile(
+    r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})"
+)  # a full stop at the end of what is in braces, not of a.m.
 _BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
 _LETTER = re.compile(
     r"\d([A-Za-z])\s*\$?\s*$"
@@ -318,6 +321,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
 
     parse = partial(parse_with_limit, parsing_timeout=None, raise_on_error=True)
     try:
+        gold, answer = (_STOP.sub("", text) for text in (gold, answer))
         gold, answer = (_SPACED.sub(lambda found: re.sub(r"[\\,; ~]", "", found[0]), text) for text in (gold, answer))
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
         answer = answer[_earlier_boxes(answer) :]
