@@ -44,6 +44,15 @@ def wilson(right_PG: NDArray[np.float64]) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def linear(values_N: NDArray[np.float64], weight_N: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,) numbers whose plain mean is the weighted mean of `values_N`, and which vary as that does, to first order.
+
+    It is a ratio of two sums: values times weights alone would vary with the weights, where all values are the same.
+    """
+    mean = np.average(values_N, weights=weight_N)
+    return np.asarray(mean + (values_N - mean) * weight_N / weight_N.mean())
+
+
 def paired_bootstrap(a_P: NDArray[np.float64], b_P: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     """95 % percentile bootstrap interval of mean(a - b) over the same P problems."""
     return cluster_bootstrap([a_P - b_P], seed)

@@ -238,7 +238,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Item:
-    """One item of a measure: a window of text with its mean loss, or a document of a task with its metric."""
+    """One item of a measure: a window of text, or all responses to a problem, with its mean loss, or a document of a task with
+    its metric."""
 
     id: str
     value: float

@@ -58,12 +58,14 @@ def test_perplexity_of_traces_counts_responses_alone(tokenizer: PreTrainedTokeni
     model = random_model(vocabulary=512)
     traces = [
         Trace("a", 0, (5, 6, 7), (8, 9), "stop", 0, True),
-        Trace("b", 1, (5,), tuple(range(20, 60)), "stop", 0, True),
+        Trace("b", 0, (5,), tuple(range(20, 40)), "stop", 0, True),
+        Trace("b", 1, (5,), tuple(range(40, 60)), "stop", 0, True),
     ]
     measure = Perplexity("traces", traces=object())
     items = measure.measure(Loaded(model), tokenizer, traces)
-    want = [plain_loss(model, [5, 6, 7, 8, 9], 3), plain_loss(model, [5, *range(20, 60)], 1)]
-    assert [(i.id, i.weight) for i in items] == [("a#0", 2), ("b#1", 40)]
+    twice = [plain_loss(model, [5, *range(first, first + 20)], 1) for first in (20, 40)]
+    want = [plain_loss(model, [5, 6, 7, 8, 9], 3), sum(twice) / 2]
+    assert [(i.id, i.weight) for i in items] == [("a", 2), ("b", 40)]
     assert [i.value for i in items] == pytest.approx(want, rel=1e-5)
     assert reading(measure, items, 1.0).value == pytest.approx(math.exp((2 * want[0] + 40 * want[1]) / 42), rel=1e-5)
 
@@ -71,8 +73,19 @@ def test_perplexity_of_traces_counts_responses_alone(tokenizer: PreTrainedTokeni
 def test_a_paired_difference_of_losses_is_weighted_and_in_nats() -> None:
     dense = [Item(str(i), 1.0 + i / 100, 10 + i) for i in range(50)]
     pruned = [Item(i.id, i.value + 0.2, i.weight) for i in reversed(dense)]
-    gap, (low, high) = item_difference(pruned, dense)
-    assert gap == pytest.approx(0.2) and 0.17 < low < gap < high < 0.23
+    gap, ends = item_difference(pruned, dense)
+    assert [gap, *ends] == pytest.approx([0.2] * 3), "it is the same in all items, however long they are"
+
+
+def test_the_interval_of_a_weighted_mean_is_that_of_a_ratio_of_sums() -> None:
+    rng = np.random.default_rng(0)
+    weight_N = rng.lognormal(5, 0.8, 200).round()
+    value_N = 1 + 0.1 * rng.standard_normal(200)
+    items = [Item(f"{i:03}", v, int(w)) for i, (v, w) in enumerate(zip(value_N, weight_N, strict=True))]
+    drawn = rng.integers(200, size=(10_000, 200))
+    means = (value_N * weight_N)[drawn].sum(1) / weight_N[drawn].sum(1)
+    found = np.log(reading(Perplexity("x", "prose"), items, 1.0).ci95)
+    assert found == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.002)
 
 
 @pytest.mark.parametrize(

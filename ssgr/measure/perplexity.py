@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -61,7 +62,7 @@ class Perplexity:
         return Text(str(self.text), "bench.text", self.column, self.subset, self.split, self.revision)
 
     def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
-        """The mean loss of each window or response, in nats a token.
+        """The mean loss of each window, or of the responses to each problem, which are no independent ones, in nats a token.
 
         Raises:
             ValueError: the text is shorter than one window, or cannot be read; a window is longer than the context; or a loss
@@ -77,12 +78,13 @@ class Perplexity:
             raise ValueError(
                 f"bench={self.name}: {longest} tokens are more than the model's context of {context}; type bench.window={context}"
             )
-        items = []
+        losses, tokens = defaultdict[str, float](float), Counter[str]()
         with Progress(self.name, len(rows)) as progress:
             for name, ids, first in rows:
-                items.append(Item(name, self._finite(_loss(loaded, ids, first), name), len(ids) - first))
+                losses[name] += self._finite(_loss(loaded, ids, first), name) * (len(ids) - first)
+                tokens[name] += len(ids) - first
                 progress.step()
-        return items
+        return [Item(name, losses[name] / count, count) for name, count in tokens.items()]
 
     def _finite(self, loss: float, where: str) -> float:
         if not math.isfinite(loss):
@@ -104,11 +106,7 @@ class Perplexity:
 
 
 def _responses(traces: Sequence[Trace]) -> list[tuple[str, tuple[int, ...], int]]:
-    return [
-        (f"{t.problem_id}#{t.attempt}", (*t.prompt_ids, *t.generated_ids), len(t.prompt_ids))
-        for t in traces
-        if t.generated_ids
-    ]
+    return [(t.problem_id, (*t.prompt_ids, *t.generated_ids), len(t.prompt_ids)) for t in traces if t.generated_ids]
 
 
 @torch.inference_mode()

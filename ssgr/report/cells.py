@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssgr.intervals import linear
 from ssgr.records import Verdict
 from ssgr.sweep import read as read_sweep
 from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
@@ -213,8 +214,8 @@ def by_id(path: Path) -> dict[str, float]:
     try:
         if set(columns(path)) >= ITEM:
             items = sorted(read_items(path), key=lambda item: item.id)
-            mean = np.mean([item.weight for item in items])
-            return {item.id: item.value * item.weight / float(mean) for item in items}
+            scaled_N = linear(np.array([i.value for i in items]), np.array([i.weight for i in items], dtype=float))
+            return dict(zip([item.id for item in items], map(float, scaled_N), strict=True))
         attempts = read_verdicts(path)
     except (OSError, ValueError) as error:
         raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssgr.grader import Grader
-from ssgr.intervals import cluster_bootstrap, majority, paired_bootstrap, pass_at_k, wilson
+from ssgr.intervals import cluster_bootstrap, linear, majority, paired_bootstrap, pass_at_k, wilson
 from ssgr.measure import Measure
 from ssgr.problems import Problems, Split
 from ssgr.records import Graded, Item, Outcome, Problem, Reading, Score, Text, Verdict, shown
@@ -21,7 +21,7 @@ from ssgr.sampler import Decoding, Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 6
+VERSION = 7
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
@@ -221,9 +221,7 @@ def reading(measure: Measure, items: Sequence[Item], seconds: float) -> Reading:
 def weighted(items: Sequence[Item]) -> NDArray[np.float64]:
     """(N,) values in the order of ids, scaled so that their plain mean is the weighted one."""
     ordered = sorted(items, key=lambda item: item.id)
-    weight_N = np.array([item.weight for item in ordered], dtype=float)
-    scaled_N: NDArray[np.float64] = np.array([item.value for item in ordered]) * weight_N / weight_N.mean()
-    return scaled_N
+    return linear(np.array([item.value for item in ordered]), np.array([item.weight for item in ordered], dtype=float))
 
 
 def item_difference(pruned: Sequence[Item], dense: Sequence[Item]) -> tuple[float, tuple[float, float]]:
