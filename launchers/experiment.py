@@ -33,17 +33,22 @@ def build(cfg: DictConfig) -> Experiment:
     """
 
     def make(node: str) -> Any:
+        config = OmegaConf.select(cfg, node)
+        if not isinstance(config, DictConfig):
+            raise ValueError(f"{node}={config}: it has settings of its own; leave it out, or type {node}.SETTING=VALUE")
         try:
-            config = OmegaConf.select(cfg, node)
-            _check(node, OmegaConf.to_container(config, resolve=True))
-            return hydra.utils.instantiate(config, _convert_="all")
+            made = hydra.utils.instantiate(config, _convert_="all")
         except InstantiationException as error:
             cause = error.__cause__
-            if isinstance(cause, TypeError):  # a key that the chosen class does not take
+            if isinstance(cause, TypeError):
+                _check(node, OmegaConf.to_container(config, resolve=True))
+                # Else a key that the chosen class does not take:
                 raise ValueError(f"{node}: {cause}; leave it out, or see conf/{node.split('.')[0]}") from error
             raise ValueError(str(cause or error)) from error
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
+        _check(node, OmegaConf.to_container(config, resolve=True))
+        return made
 
     chosen = OmegaConf.select(cfg, "tracker")  # it is not part of the experiment, and is refused before hours of work
     tracker.build(OmegaConf.to_container(chosen, resolve=True) if chosen is not None else None)  # type: ignore[arg-type]

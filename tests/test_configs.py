@@ -127,6 +127,7 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
     ("overrides", "said"),
     [
         (["model.trust_remote_code=no"], r"^model\.trust_remote_code=no: give true or false$"),
+        (["decontaminate=null"], r"^decontaminate=None: it has settings of its own; leave it out, or type"),
         (["decontaminate.enabled=off"], r"^decontaminate\.enabled=off: give true or false$"),
         (["model.thinking.required=no"], r"^model\.thinking\.required=no: give true or false$"),
         (["sampler=replay", "sampler.engine.path=x", "sampler.engine.on_policy=no"], r"on_policy=no: give true"),
@@ -134,6 +135,7 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
         (["sampler.engine.workers=many"], r"^sampler\.engine\.workers=many: give a whole number \(.*\) or null$"),
         (["sampler.decoding.temperature=hot"], r"^sampler\.decoding\.temperature=hot: give a number$"),
         (["sampler.decoding.temperature=nan"], r"temperature=nan top_p=0\.95: give temperature >= 0"),
+        (["bench.engine._target_=ssgr.sampler.hf.Nope"], r"Error loading 'ssgr\.sampler\.hf\.Nope'"),
         (["bench.name=3"], r"^bench\.name=3: give a text \(a number in quotes\)$"),
         (
             ["+bench.grader=math"],
