@@ -589,6 +589,7 @@ run(source, out)
             assert float((file.get_tensor(name) == 0).float().mean()) == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.slow  # by all families: test_families
 def test_more_tokens_than_fit_in_the_middle_of_a_block(tmp_path: Path) -> None:
     """The process may have 64 MiB beyond its libraries; rows that pause would need 256. The bytes are those of the others."""
     code = """
