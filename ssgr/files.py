@@ -81,6 +81,19 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
             yield number, parsed(bare, f"{path.name}, row {number}", parse_int=str, parse_float=str)
 
 
+def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """The values of one array; a file that begins with something else is JSONL by another name.
+
+    Raises:
+        ValueError: it is not UTF-8 or not JSON.
+    """
+    text = "".join(line for _, line in lines(path)).removeprefix("\ufeff").strip()
+    if text.startswith("["):
+        yield from enumerate(parsed(text, path.name, parse_int=str, parse_float=str), 1)
+    else:
+        yield from json_lines(path)
+
+
 def parquet_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet file, each with its number.
 

@@ -1,10 +1,10 @@
-"""Texts: generated prose, a text or JSONL file, or a dataset of the hub, as documents."""
+"""Texts: generated prose, a text file or one of rows, or a dataset of the hub, as documents."""
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,9 +12,14 @@ from typing import Any
 
 from ssgr import prose
 from ssgr.errors import first_line
-from ssgr.files import json_lines, lines
+from ssgr.files import json_lines, json_rows, lines, parquet_rows
 
 PROSE = "prose"  # the name that means generated prose
+_ROWS: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
+    ".jsonl": json_lines,
+    ".json": json_rows,
+    ".parquet": parquet_rows,
+}  # of files that hold a document a row; all others are texts
 
 
 class _NoColumn(ValueError):
@@ -39,7 +44,8 @@ class Text:
         """A file or a folder is keyed by what it holds, a dataset by its name and revision."""
         path = Path(self.name).expanduser()
         files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file()) if path.is_dir() else []
-        sums = [(f.suffix, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
+        kind = ".jsonl" if path.suffix == ".json" and files == [path] else None  # they are read alike
+        sums = [(kind or f.suffix, hashlib.sha256(f.read_bytes()).hexdigest()) for f in files]
         return sums if files and self.name != PROSE else self.name
 
     def documents(self, seed: int) -> Iterable[str]:
@@ -65,7 +71,7 @@ class Text:
         path = Path(self.name).expanduser()
         if self.name == PROSE:
             return "\n\n".join(islice(_prose(random.Random("prose/whole")), most))
-        if path.is_file() and path.suffix != ".jsonl":
+        if path.is_file() and path.suffix not in _ROWS:
             return _text(path)
         return "\n\n".join(_file_documents(path, self.column) if path.is_file() else self._dataset(None))
 
@@ -100,10 +106,10 @@ def _prose(rng: random.Random) -> Iterable[str]:
 
 
 def _file_documents(path: Path, column: str) -> Iterable[str]:
-    if path.suffix != ".jsonl":
+    if path.suffix not in _ROWS:
         yield from (part for part in _text(path).split("\n\n") if part.strip())
         return
-    for number, row in json_lines(path):
+    for number, row in _ROWS[path.suffix](path):
         if not isinstance(row, dict) or column not in row:
             there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
             raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")

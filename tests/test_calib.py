@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerBase
 
@@ -15,6 +17,7 @@ from ssgr.difficulty import Difficulty
 from ssgr.length import Length
 from ssgr.records import Problem
 from ssgr.select import Policy
+from ssgr.text import Text
 from tests.conftest import TINY
 from tests.test_configs import build
 
@@ -62,6 +65,19 @@ def test_text_is_keyed_by_what_it_holds_and_how_it_is_read(tmp_path: Path) -> No
     before = key("e")
     (tmp_path / "e" / "f.jsonl").write_text("{}")
     assert key("e") != before
+
+
+def test_rows_are_no_text_whatever_their_file_is_called(tmp_path: Path) -> None:
+    """The published codes take c4-train.00000-of-01024.json, which is JSONL."""
+    documents = ["One.\n\nTwo.", "Three, 4."]
+    rows = [{"text": text, "url": "a"} for text in documents]
+    (tmp_path / "c4.json").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "c4.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "array.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c4.parquet")
+    texts = [Text(str(file), "calib.text") for file in tmp_path.iterdir()]
+    assert len(texts) == 4 and all(list(text.documents(0)) == documents for text in texts)
+    assert {text.whole(1) for text in texts} == {"\n\n".join(documents)}
 
 
 def test_a_bad_line_of_text_is_named(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

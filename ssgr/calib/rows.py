@@ -42,7 +42,7 @@ def _check_window(window: int) -> None:
 
 @dataclass(frozen=True)
 class Corpus(_Plain):
-    """General text in windows of `window` tokens: generated prose, a text or JSONL file, or a dataset id.
+    """General text in windows of `window` tokens: generated prose, a file of text or of rows, or a dataset id.
 
     `joined` makes the whole of it one text, its documents in their order with blank lines between: those of WikiText are
     lines, which are no running text one by one.

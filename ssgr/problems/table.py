@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.errors import first_line
-from ssgr.files import json_lines, lines, parquet_rows, parsed
+from ssgr.files import json_lines, json_rows, lines, parquet_rows
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -222,19 +222,10 @@ def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise ValueError(f"{path.name}, row {number + 1}: not CSV ({error})") from error
 
 
-def _json(path: Path) -> Iterator[tuple[int, Any]]:
-    """The values of one array; a file that begins with something else is JSONL by another name."""
-    text = "".join(line for _, line in lines(path)).removeprefix("\ufeff").strip()
-    if text.startswith("["):
-        yield from enumerate(parsed(text, path.name, parse_int=str, parse_float=str), 1)
-    else:
-        yield from json_lines(path)
-
-
 _READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
     ".csv": _csv,
     ".parquet": parquet_rows,
-    ".json": _json,
+    ".json": json_rows,
     ".jsonl": json_lines,
 }  # what `datasets` would read, whose guesses change answers
 
