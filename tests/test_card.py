@@ -183,6 +183,17 @@ def test_the_card(source: Path, tmp_path: Path) -> None:
     assert "`Wanda(" in text and "`Unstructured(ratio=0.5)`" in text
 
 
+def test_the_card_says_of_the_rows_what_is_so() -> None:
+    """Text is no response, and a pruner that looks at the weights alone saw no rows."""
+    text = dataclasses.replace(ROWS, rows=tuple(dataclasses.replace(row, prompt_tokens=0) for row in ROWS.rows))
+    said = card.model_card(record(calibration=text), {})
+    assert "2 rows, 5 tokens. Each block saw the rows as the pruned blocks before it leave them.\n" in said
+    found = card.provenance(TINY, RESULT, {**SETTINGS, "passing": None}, ROWS, KEYS, VERSIONS)
+    said = card.model_card(found, {})
+    assert found["propagate"] is None and "Each block saw" not in said
+    assert "They told how the zeros are shared among the layers" in said
+
+
 def test_a_card_without_calibration_licence_or_whole_numbers() -> None:
     found = record(calibration=None, unseen=3, layers=[{**LAYER, "error": float("nan")}])
     assert found["layers"][0]["error"] is None

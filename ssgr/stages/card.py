@@ -52,7 +52,7 @@ def provenance(
         "versions": dict(versions),
         "source": _source(model, converted),
         **settings,
-        "propagate": result.get("propagate"),
+        "propagate": result["propagate"] if settings.get("passing", True) else None,  # of a pruner that looks at rows
         "zeros": {name: result[name] for name in _ZEROS if name in result},
         "unseen": result.get("unseen", 0),
         "layers": [{name: _finite(layer[name]) for name in _LAYER if name in layer} for layer in result["layers"]],
@@ -185,18 +185,17 @@ def _calibrated(record: Mapping[str, Any]) -> str:
     if found is None:
         return "## Calibration\nNone: the pruner looks at the weights alone."
     tokens = found["tokens"]
+    parts = f" ({tokens['prompt']:,} of prompts, {tokens['response']:,} of responses)" if tokens["prompt"] else ""
     each = {
         "pruned": "Each block saw the rows as the pruned blocks before it leave them. ",
         "dense": "Each block saw the rows as the dense model has them. ",
-    }.get(str(record["propagate"]), "")
+        None: "They told how the zeros are shared among the layers; the pruner looks at the weights alone. ",
+    }[record["propagate"]]
+    weighed = f"Tokens weighed {_setting(record['scope'])}." if record.get("scope") else ""
     return (
-        f"## Calibration\nSource `{found['source']}`: {found['rows']:,} rows, {tokens['realised']:,} tokens "
-        f"({tokens['prompt']:,} of prompts, {tokens['response']:,} of responses). {each}{_weighed(record)}"
-    )
-
-
-def _weighed(record: Mapping[str, Any]) -> str:
-    return f"Tokens weighed {_setting(record['scope'])}." if record.get("scope") else ""
+        f"## Calibration\nSource `{found['source']}`: {found['rows']:,} rows, {tokens['realised']:,} tokens{parts}. "
+        f"{each}{weighed}"
+    ).rstrip()
 
 
 def _named(licence: Mapping[str, str]) -> str:
