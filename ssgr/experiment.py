@@ -52,6 +52,10 @@ class Experiment:
             part(self.shard)
         if type(self.calib.draw) is not int or self.calib.draw < 0:
             raise ValueError(f"calib.draw={self.calib.draw}: give a whole number of at least 0, the seed of the draw")
+        if self.scope.bins and not self.policy.bins:
+            raise ValueError(
+                f"scope.bins.{min(self.scope.bins)}: traces have no bins to weigh; type bins=difficulty_length"
+            )
         if self.policy.bins and (unknown := self.scope.bins.keys() - {*self.policy.bins.names}):
             raise ValueError(
                 f"scope.bins.{min(unknown)}: bins={self.policy.bins.name} has no such bin; its bins are "

@@ -112,6 +112,7 @@ def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
     [
         (["calib.draw=null"], r"calib\.draw=None: give a whole number"),
         (["calib.draw=-1"], r"calib\.draw=-1: give a whole number"),
+        (["+scope.bins.hard_medium=2"], r"scope\.bins\.hard_medium: .*; type bins=difficulty_length"),
         (
             ["bins=difficulty_length", "+scope.bins.hrd_medium=2"],
             r"scope\.bins\.hrd_medium: .* no such bin; its bins are easy_short, .*hard_medium, .*, other_other",

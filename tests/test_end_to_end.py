@@ -96,7 +96,7 @@ def test_a_dense_grid_collects_once(run: Run, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_owl_collects_norms_beside_the_pruned_propagation(run: Run, tmp_path: Path) -> None:
-    done = run("calib=corpus", "allocation=owl", "bench=smoke", "+scope.bins.hard_medium=2")
+    done = run("calib=corpus", "allocation=owl", "bench=smoke")
     assert done.returncode == 0, done.stderr
     keys = result(tmp_path / "run")["keys"]
     assert (
