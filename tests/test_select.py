@@ -15,11 +15,12 @@ from transformers import PreTrainedTokenizerBase
 from ssgr import tables
 from ssgr.bins import Bins
 from ssgr.calib import Material
+from ssgr.calib.rows import Written
 from ssgr.calib.traces import OwnTraces
 from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
 from ssgr.records import CalibrationSet, Graded, Row, Trace, Unread, Verdict
-from ssgr.scope import Scope, streams
+from ssgr.scope import BOTH, Scope, streams
 from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, left_over, match
 from ssgr.stages import select
 from tests.conftest import TINY
@@ -213,6 +214,13 @@ def rows(lengths: list[int]) -> Candidates:
     return Candidates(tuple(Row(tuple(range(n)), 0, str(i)) for i, n in enumerate(lengths)), (("rows", len(lengths)),))
 
 
+def test_bins_of_a_source_without_traces_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy(ANY, EVERY, bins=Bins("b", {"hard": HARD}, {"medium": MEDIUM}))
+    for source in (Written("written", 0), OwnTraces("self", 0, "any")):
+        select.warn_unused(source, policy, BOTH)
+    assert caplog.messages == ["bins=b has no effect on calib=written, which has nothing to apply it to"]
+
+
 @given(st.lists(st.integers(1, 60), min_size=40, max_size=120), st.integers(0, 5), st.integers(100, 400))
 def test_draws_are_whole_rows_without_replacement_within_the_budget(lengths: list[int], seed: int, tokens: int) -> None:
     candidates = rows(lengths)
@@ -234,6 +242,12 @@ def test_draws_follow_their_seed() -> None:
     candidates = rows([10] * 100)
     budget = Budget(tokens=300)
     assert draw(candidates, budget, 1) == draw(candidates, budget, 1) != draw(candidates, budget, 2)
+
+
+def test_a_window_is_not_shortened_to_one_token() -> None:
+    """A row needs two, and the prune would be refused for that one."""
+    windows = replace(rows([10] * 10), windowed=True)
+    assert [[len(row) for row in draw(windows, Budget(tokens=n), 0)] for n in (31, 32)] == [[10] * 3, [10, 10, 10, 2]]
 
 
 def test_a_budget_over_the_pool_names_what_it_holds() -> None:

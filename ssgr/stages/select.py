@@ -65,8 +65,10 @@ def warn_unused(source: Source, policy: Policy, scope: Scope) -> None:
         "difficulty": (policy.difficulty.name, not policy.difficulty.holds_all),
         "length": (policy.length.name, not policy.length.holds_all),
         "select.balance": (policy.balance, policy.balance != "none"),
+        "bins": (policy.bins.name if policy.bins else "none", policy.bins is not None),
         "scope": (scope.name, scope != replace(BOTH, name=scope.name)),
     }
+    of_traces = {"select.balance": "difficulty", "bins": "difficulty"}
     for group, (value, filters) in chosen.items():
-        if filters and ("difficulty" if group == "select.balance" else group) not in source.uses:
+        if filters and of_traces.get(group, group) not in source.uses:
             _log.warning("%s=%s has no effect on calib=%s, which has nothing to apply it to", group, value, source.name)
