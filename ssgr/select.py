@@ -258,7 +258,7 @@ def _order(candidates: Candidates, rng: random.Random) -> list[int]:
 def _fill_windows(rows: Sequence[Row], tokens: int) -> tuple[Row, ...]:
     out: list[Row] = []
     for row in rows:
-        if tokens <= 0:
+        if tokens < 2:  # a row needs two at least
             break
         out.append(shorten(row, tokens))
         tokens -= len(row)
