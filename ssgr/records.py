@@ -164,10 +164,10 @@ class LayerResult:
 class PruneResult:
     """What pruning did to the model.
 
-    `sparsity_realised` is over the matrices that were pruned, `sparsity_model` over all weights but the embeddings and the
-    output layer, `sparsity_with_embeddings` over all; `unseen` matrices (experts) met no calibration token and were pruned
-    by magnitude; `seconds` of rank 0, or of its GPU, are split into load, forward, statistics, solve and store. The peaks
-    are those of the last attempt: of the host, with all its ranks, and of the GPU that needed most.
+    `sparsity_realised` is over the matrices that were pruned, `sparsity_model` their zeros over all weights but the embeddings
+    and the output layer, `sparsity_with_embeddings` over all; `unseen` matrices (experts) met no calibration token and were
+    pruned by magnitude; `seconds` of rank 0, or of its GPU, are split into load, forward, statistics, solve and store. The
+    peaks are those of the last attempt: of the host, with all its ranks, and of the GPU that needed most.
     """
 
     pruner: str

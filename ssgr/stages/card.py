@@ -177,6 +177,8 @@ def _zeros(record: Mapping[str, Any]) -> str:
     rows = [f"| {what} | {record['zeros'][name]:.4f} |" for name, what in _ZEROS.items() if name in record["zeros"]]
     unseen = record["unseen"]
     note = f"\n\n{unseen} matrices met no calibration token and were pruned by magnitude." if unseen else ""
+    if "pruned" in record["source"]:
+        note += "\n\nOf matrices that only the earlier pruning changed no zeros are counted."
     return "\n".join(["## Sparsity", "| zeros | share |", "| --- | --- |", *rows]) + note
 
 
