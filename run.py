@@ -43,6 +43,7 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     folder = Path(own.runtime.output_dir)
     store = Store(Path(cfg.store.path))
     experiment = build(cfg)
+    check_apart(folder, experiment.model.path)
     if experiment.shard is not None:
         traces = pipeline.sample_shard(experiment, store)
         _log.info("%s: %d traces are in %s; the same command without shard= goes on", label(), traces, store.root)
@@ -55,6 +56,21 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)
     outcome.add(folder, hits, misses)
     return result
+
+
+def check_apart(folder: Path, model: str) -> None:
+    """See that no result comes among the files of the model, which the next run would take for another one.
+
+    Raises:
+        ValueError: the output folder is that of the model.
+    """
+    from ssgr.model import locate
+
+    if locate(model).is_dir() and locate(model).samefile(folder):
+        raise ValueError(
+            f"the output folder {folder} is that of the model, which a result among its files would change: choose another "
+            "with hydra.run.dir=DIR"
+        )
 
 
 def label() -> str:

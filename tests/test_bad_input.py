@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
+from ssgr.model import locate
 from tests.conftest import ROOT, TINY, Run
 
 CASES = {
@@ -110,6 +112,14 @@ def test_an_unwritable_output_folder(run: Run, tmp_path: Path) -> None:
     told(
         run, [f"hydra.run.dir={tmp_path / 'file' / 'run'}"], ["output folder", "cannot be written", "hydra.run.dir=DIR"]
     )
+
+
+def test_an_output_folder_that_is_the_models(run: Run, tmp_path: Path) -> None:
+    """A result.json there counted as a part of the model, and was copied into the next checkpoint."""
+    shutil.copytree(locate(TINY.path), tmp_path / "model")
+    here = [f"model.path={tmp_path / 'model'}", f"hydra.run.dir={tmp_path / 'model'}", "calib=corpus", "bench=smoke"]
+    told(run, ["model=local", *here], ["the output folder", "is that of the model", "hydra.run.dir=DIR"])
+    assert not (tmp_path / "model" / "result.json").exists()
 
 
 def test_a_command_that_only_shows_makes_no_folder_and_quotes_are_hydras(run: Run, tmp_path: Path) -> None:
