@@ -116,6 +116,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"{args.output} is a folder; give the JSONL file to write, such as {args.output / 'OUT.jsonl'}"
             )
+        if args.output.exists() and args.output.samefile(args.input):
+            raise ValueError(f"{args.output} is the file that is graded, and would be lost; give another to write")
         limits = (args.seconds, args.memory_gib, args.workers)
         grader: Grader = (
             MathVerify(*limits) if args.grader == "math" else Exact() if args.grader == "exact" else Choice()

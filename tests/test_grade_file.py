@@ -71,6 +71,9 @@ def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     done = grade(tmp_path / "in.jsonl", tmp_path / "folder")
     assert done.returncode == 1 and "folder is a folder; give the JSONL file to write" in done.stderr
+    done = grade("--grader", "exact", tmp_path / "in.jsonl", tmp_path / "folder" / ".." / "in.jsonl")
+    assert done.returncode == 1 and "is the file that is graded, and would be lost" in done.stderr
+    assert '"pred"' in (tmp_path / "in.jsonl").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
 
 
