@@ -23,6 +23,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "None": ((type(None),), "null"),
 }
 _GROUPS = ("grader", "problems")  # of which a benchmark has its own
+_NODES = ("engine", "decoding", "columns")  # and what is never left out
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -35,7 +36,7 @@ def build(cfg: DictConfig) -> Experiment:
     def make(node: str) -> Any:
         config = OmegaConf.select(cfg, node)
         if not isinstance(config, DictConfig):
-            raise ValueError(f"{node}={config}: it has settings of its own; leave it out, or type {node}.SETTING=VALUE")
+            raise _no_node(node, config)
         try:
             made = hydra.utils.instantiate(config, _convert_="all")
         except InstantiationException as error:
@@ -77,6 +78,10 @@ def build(cfg: DictConfig) -> Experiment:
     )
 
 
+def _no_node(node: str, config: Any) -> ValueError:
+    return ValueError(f"{node}={config}: it has settings of its own; leave it out, or type {node}.SETTING=VALUE")
+
+
 def _check(node: str, config: Any) -> None:
     """See that each setting is of the kind that its class says: to Hydra `no` and `off` are words, and a word counts as true.
 
@@ -92,6 +97,8 @@ def _check(node: str, config: Any) -> None:
         _check(at, value)
         if name in _GROUPS and isinstance(value, str):
             raise ValueError(f"{at}={value}: {name} is a group of settings; type +{name}@{at}={value}")
+        if name in _NODES and not isinstance(value, dict):
+            raise _no_node(at, value)
         if value == "???" or not all(kind in _KINDS for kind in kinds.get(name, ["unknown"])):
             continue  # Hydra tells of what is missing, and the class looks at other kinds
         known = [_KINDS[kind] for kind in kinds[name]]

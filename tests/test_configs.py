@@ -137,6 +137,18 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
         (["sampler.decoding.temperature=hot"], r"^sampler\.decoding\.temperature=hot: give a number$"),
         (["sampler.decoding.temperature=nan"], r"temperature=nan top_p=0\.95: give temperature >= 0"),
         (["bench.engine._target_=ssgr.sampler.hf.Nope"], r"Error loading 'ssgr\.sampler\.hf\.Nope'"),
+        (["bench.engine=null"], r"^bench\.engine=None: it has settings of its own; leave it out, or type"),
+        (["bench.decoding=null"], r"^bench\.decoding=None: it has settings of its own; leave it out, or type"),
+        (["bench=suite/smoke", "bench.benches.smoke.engine=hf"], r"^bench\.benches\.smoke\.engine=hf: it has settings"),
+        (
+            ["bench=suite/smoke", "bench.decoding.temperature=hot"],
+            r"^bench\.decoding\.temperature=hot: give a number or null$",
+        ),
+        (
+            ["bench=suite/smoke", "bench.decoding.seed=abc"],
+            r"^bench\.decoding\.seed=abc: give a whole number \(.*\) or null$",
+        ),
+        (["bench=suite/smoke", "bench.decoding.seed=1.5"], r"^bench\.decoding\.seed=1\.5: give a whole number"),
         (["bench.name=3"], r"^bench\.name=3: give a text \(a number in quotes\)$"),
         (
             ["+bench.grader=math"],
@@ -157,6 +169,7 @@ def test_a_setting_is_of_the_kind_that_its_class_says(overrides: list[str], said
     [
         ["+grader@bench.grader=math", "bench.name='3'", "sampler.decoding.temperature=1"],
         ["+problems@bench.problems=gsm8k_train", "model.trust_remote_code=True"],
+        ["bench=suite/smoke", "bench.decoding.temperature=1", "bench.decoding.top_p=null"],
         ["bench=suite/smoke", "+grader@bench.benches.smoke.grader=math", "budget.tokens=null", "budget.rows=8"],
     ],
 )

@@ -76,9 +76,13 @@ class Suite:
     def __post_init__(self) -> None:
         if not self.benches:
             raise ValueError(f"bench={self.name}: a suite has at least one benchmark under bench.benches")
-        valid = [one.name for one in fields(Decoding)]
-        if unknown := [name for name in self.decoding if name not in valid]:
-            raise ValueError(f"bench.decoding.{unknown[0]}: there is no such setting; valid are {', '.join(valid)}")
+        valid = {one.name: one.type for one in fields(Decoding)}
+        for name, value in self.decoding.items():
+            if name not in valid:
+                raise ValueError(f"bench.decoding.{name}: there is no such setting; valid are {', '.join(valid)}")
+            if type(value) not in (int, type(None), *((float,) if valid[name] == "float" else ())):
+                kind = "number" if valid[name] == "float" else "whole number (without a point or exponent)"
+                raise ValueError(f"bench.decoding.{name}={value}: give a {kind} or null")
 
 
 def _sharing(one: Bench | Measure, decoding: Mapping[str, Any]) -> Bench | Measure:
