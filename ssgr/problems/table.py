@@ -107,7 +107,7 @@ class Columns:
             labels: Any = None
             if isinstance(listed, Mapping):  # as ARC has them
                 labels, listed = listed.get("label"), listed.get("text")
-            if not isinstance(listed, (list, tuple)) or any(isinstance(one, Mapping) for one in listed):
+            if not isinstance(listed, (list, tuple)) or any(one is None or isinstance(one, Mapping) for one in listed):
                 raise _BadRow(
                     f"{where}: choices in column {self.choices!r} are no list of texts but {listed!s:.60}; its columns are "
                     f"{', '.join(row)}. Type problems.columns.choices=COLUMN, or '[COLUMN,COLUMN,...]' with the right one first"
