@@ -239,6 +239,20 @@ def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
         JsonlProblems(str(write(tmp_path / "x.jsonl", [])), Columns()).read("test")
 
 
+def test_a_column_that_no_row_has_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"problem": "1+1", "answer": "2", "name": "a"}, {"problem": "1+2", "answer": "3"}]
+    file = write(tmp_path / "x.jsonl", rows)
+    wrong = HubProblems(".", Columns(id="nam", level="lvl", solution="proof"), file=str(file))
+    assert [[p.id for p in wrong.read("test")] for _ in range(2)] == [["row/1", "row/2"]] * 2
+    assert [re.sub(r":.* has its", " lacks its", line) for line in caplog.messages] == [
+        f"columns.{role}={column} lacks its {role} there; type another column, or null"
+        for role, column in (("id", "nam"), ("level", "lvl"), ("solution", "proof"))
+    ]
+    caplog.clear()
+    JsonlProblems(str(file), Columns(id="name"), str(file)).read("test")
+    assert not caplog.messages, "rows may lack single values"
+
+
 def test_double_ids_are_refused() -> None:
     with pytest.raises(ValueError, match="'a' is given twice"):
         checked([Problem("a", "1", "1"), Problem("a", "2", "2")], "here")

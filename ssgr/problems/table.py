@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from ssgr.files import json_lines, json_rows, lines, parquet_rows
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
+_log = logging.getLogger("ssgr")
 _TEST_SHARE = 10  # one row in ten, by a hash of its question, is kept for the test split where the source has none
 
 
@@ -183,7 +186,26 @@ class JsonlProblems:
         own = self.test_path is not None
         path = _file(self.test_path, "test_path") if self.test_path and split == "test" else _file(self.path, "path")
         rows = _of_split(_problems([path], self.columns), split, own)
-        return checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
+        problems = checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
+        return _told(problems, self.columns, path.name)
+
+
+def _told(problems: list[Problem], columns: Columns, where: object) -> list[Problem]:
+    """`problems`; a column that some rows lack is none of their fault, and one that all lack is mistyped."""
+    given: dict[str, Callable[[Problem], object]] = {
+        "id": lambda p: not re.fullmatch(r"row/\d+", p.id),
+        "level": lambda p: p.level is not None,
+        "solution": lambda p: p.solution,
+    }
+    for role, has in given.items():
+        if (column := getattr(columns, role)) and not any(map(has, problems)):
+            _warn(f"columns.{role}={column}: no row of {where} has its {role} there; type another column, or null")
+    return problems
+
+
+@cache  # a run reads its problems several times
+def _warn(what: str) -> None:
+    _log.warning(what)
 
 
 def _check_limit(limit: int | None) -> None:
@@ -285,7 +307,8 @@ class HubProblems:
             ) from error
         if files:
             problems = list(islice(_of_split(_problems(files, self.columns), split, own), self.limit))
-        return checked(problems, f"problems.path={self.path if len(files) != 1 else files[0]}, split {part},")
+        where = self.path if len(files) != 1 else files[0]
+        return _told(checked(problems, f"problems.path={where}, split {part},"), self.columns, where)
 
     def _load(self, part: str | None) -> Any:
         import datasets
