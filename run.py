@@ -104,7 +104,9 @@ def hint(asked: Namespace) -> str:
     name = asked.config_name
     if name not in (None, "config", "config.yaml") and not (asked.config_path or asked.config_dir):
         out.append(f"--config-name={name}: {CONF.name} has config.yaml alone. Leave it out, or type experiment=NAME.")
-    for key in (o.split("=")[0].lstrip("+~") for o in asked.overrides if "=" in o and not o.startswith("hydra")):
+    for key in (o.split("=")[0].lstrip("+~") for o in asked.overrides if "=" in o):
+        if key.startswith("hydra"):
+            continue
         group, _, rest = key.partition(".")
         files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
         names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}

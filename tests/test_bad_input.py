@@ -141,6 +141,12 @@ def test_a_config_that_is_not_there(run: Run) -> None:
     assert "the top level has no" not in done.stderr, done.stderr
 
 
+def test_hydras_own_settings_are_told_by_hydra(run: Run) -> None:
+    done = run("+hydra.launcher.x=3", "prunr=wanda")
+    assert done.returncode == 1 and "did you mean pruner?" in done.stderr
+    assert "hydra has no launcher" not in done.stderr, done.stderr
+
+
 def test_a_checkpoint_with_nan_names_its_tensor(run: Run, tmp_path: Path) -> None:
     model = TINY.load()
     model.model.layers[2].mlp.up_proj.weight.data[3, 4] = float("nan")
