@@ -376,3 +376,35 @@ def test_replay_reads_the_traces_of_the_rac_recipes(
     more = [*asked, Request(problems[0].id, 2, asked[0].prompt_ids), Request("other", 0, (5, 6))]
     with pytest.raises(ValueError, match=r"lacks 2 of 14 traces, the first is attempt 2 of .*set model.system"):
         next(own.sample(TINY, tokenizer, more, SAMPLING))
+
+
+def test_what_ends_a_trace_of_a_recipe_is_what_the_generation_config_names(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Not the tokenizer's own alone, which would be put behind it."""
+    file = tmp_path / "traces.jsonl"
+    file.write_text(json.dumps({"input_ids": [5, 6, 9, 7], "num_prompt_tokens": 2}))
+    ends = Loaded(SimpleNamespace(generation_config=GenerationConfig(eos_token_id=[1, 7])))
+    ((trace,),) = ReplaySampler(str(file)).sample(ends, tokenizer, [Request("a", 0, (5, 6))], SAMPLING)
+    assert (trace.generated_ids, trace.finish) == ((9, 7), "stop")
+
+
+def test_a_text_of_a_recipe_was_cut_if_as_many_tokens_were_drawn_as_might_be(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """However many its text is tokenised into: one that was cut is not made to end."""
+    text, end = "So it is 7.", int(tokenizer.eos_token_id)
+    ids = tuple(tokenizer.encode(text, add_special_tokens=False))
+    asked = [Request("a", 0, tuple(tokenizer.encode("1+6", add_special_tokens=False)))]
+    for drawn, cap, want in (
+        (len(ids) + 3, len(ids) + 3, (ids, "length")),
+        (len(ids) + 1, len(ids) + 1, ((*ids, end), "stop")),  # the last was what ended it
+        (len(ids) + 2, len(ids) + 3, ((*ids, end), "stop")),
+        (len(ids) - 1, len(ids), (ids, "length")),  # no room is left for what ended it
+    ):
+        file = tmp_path / "traces.jsonl"
+        file.write_text(json.dumps({"prompt": "1+6", "completion": text, "completion_tokens": str(drawn)}))
+        ((trace,),) = ReplaySampler(str(file), allow_retokenise=True).sample(
+            TINY, tokenizer, asked, replace(SAMPLING, max_new_tokens=cap)
+        )
+        assert (trace.generated_ids, trace.finish) == want, (drawn, cap)

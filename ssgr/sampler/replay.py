@@ -47,7 +47,8 @@ class ReplaySampler:
     def key_content(self) -> object:
         """Saved traces are keyed by what they hold."""
         path = _file(self.path)
-        return {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "on_policy": self.on_policy}
+        read = 2  # how recipes are read: raised when other traces come of the same file
+        return {"read": read, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "on_policy": self.on_policy}
 
     def sample(
         self,
@@ -78,7 +79,8 @@ class ReplaySampler:
                     f"sampler.engine.path={self.path} holds text and no token ids: type sampler.engine.allow_retokenise=true "
                     "to tokenise it, whose ids may not be those the model drew"
                 )
-            find = self._by_prompt(rows, kind, tokenizer, requests, decoding)
+            stop = stop_ids(checkpoint.generation(), tokenizer)
+            find = self._by_prompt(rows, kind, tokenizer, stop, requests, decoding)
         traces = [find(r) for r in requests]
         if other := sum(t.prompt_ids != r.prompt_ids for t, r in zip(traces, requests, strict=True)):
             _log.warning(
@@ -125,24 +127,29 @@ class ReplaySampler:
         rows: Sequence[_Saved],
         kind: Sequence[str],
         tokenizer: PreTrainedTokenizerBase,
+        stop: frozenset[int],
         requests: Sequence[Request],
         decoding: Decoding,
     ) -> Callable[[Request], Trace]:
         """Traces of a recipe; one that is shorter than the cap it was sampled with has stopped."""
-        stop = stop_ids(None, tokenizer)
         tokenize: Callable[[str], tuple[int, ...]] = lambda text: tuple(
             tokenizer.encode(text, add_special_tokens=False)
         )
-        saved: dict[tuple[int, ...], list[tuple[int, ...]]] = defaultdict(list)
+        saved: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = defaultdict(
+            list
+        )  # ids, and how many were drawn
         odd = 0
         for row in rows:
             if kind is _SGLANG:
-                whole, asked = tuple(row["input_ids"]), row["num_prompt_tokens"]
+                whole, asked = tuple(row["input_ids"]), int(row["num_prompt_tokens"])
                 prompt, ids = whole[:asked], whole[asked:]
+                drawn = len(ids)
             else:
-                prompt, ids = tokenize(row["prompt"]), tokenize(row["completion"])
-                odd += len(ids) not in (row["completion_tokens"], row["completion_tokens"] - 1)
-            saved[prompt].append(ids)
+                prompt, ids, drawn = tokenize(row["prompt"]), tokenize(row["completion"]), int(row["completion_tokens"])
+                if len(ids) == drawn - 1:  # the other is what ended it, which is no text
+                    drawn = len(ids)
+                odd += len(ids) != drawn
+            saved[prompt].append((ids, drawn))
         if odd:
             _log.warning(
                 "%s: %d of %d texts have other numbers of tokens than the model drew", self.path, odd, len(rows)
@@ -157,9 +164,10 @@ class ReplaySampler:
             )
 
         def find(r: Request) -> Trace:
-            ids = saved[r.prompt_ids][r.attempt][: decoding.max_new_tokens]
+            whole, drawn = saved[r.prompt_ids][r.attempt]
+            ids = whole[: decoding.max_new_tokens]
             stopped = bool(ids) and ids[-1] in stop
-            if not stopped and len(ids) < decoding.max_new_tokens and tokenizer.eos_token_id is not None:
+            if not stopped and max(len(ids), drawn) < decoding.max_new_tokens and tokenizer.eos_token_id is not None:
                 ids, stopped = (*ids, int(tokenizer.eos_token_id)), True
             return Trace(r.problem_id, r.attempt, r.prompt_ids, ids, "stop" if stopped else "length", 0, self.on_policy)
 
