@@ -456,6 +456,12 @@ def test_keys_and_names(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.
         with pytest.raises(ValueError, match="401") as caught:
             ask(url, tokenizer, key_variable="NONE_SUCH")
         assert "secret" not in str(caught.value)
+        monkeypatch.setenv("OWN_KEY", "secret\n")  # as a file has it
+        assert len(ask(url, tokenizer, key_variable="OWN_KEY", count=1)) == 1
+        for key in ("sec\nret", "secr\u20act"):
+            monkeypatch.setenv("OWN_KEY", key)
+            with pytest.raises(ValueError, match=r"^the key in OWN_KEY holds signs that no header may; set it again$"):
+                ask(url, tokenizer, key_variable="OWN_KEY")
         with pytest.raises(ValueError, match=r"served=other: the server has tiny; type one"):
             ask(url, tokenizer, served="other")
 

@@ -86,10 +86,12 @@ class ServerSampler:
 
         Raises:
             ValueError: the server cannot be reached, a prompt leaves no room in its context, it refuses a request, goes away
-                for longer than the tries last, changes a prompt, or gives no token ids or none that serve. What came before
-                has been yielded.
+                for longer than the tries last, changes a prompt, or gives no token ids or none that serve; or its key is none.
+                What came before has been yielded.
         """
-        key = os.environ.get(self.key_variable, "")
+        key = os.environ.get(self.key_variable, "").strip()  # as files of keys end with a new line
+        if not (key.isascii() and key.isprintable()):  # whose refusal by a header would show it
+            raise ValueError(f"the key in {self.key_variable} holds signs that no header may; set it again")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         stop = stop_ids(checkpoint.generation(), tokenizer)
         limits = httpx.Limits(max_connections=self.concurrency)
