@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -67,7 +68,7 @@ def grade(
 
     `opened` says that the prompts opened the thinking.
     """
-    beside, counts = out.with_name(f"{out.name}.part"), Counter[Verdict]()
+    beside, counts = out.with_name(f".{out.name}.{os.getpid()}.tmp"), Counter[Verdict]()
     try:
         with beside.open("w", encoding="utf-8") as file, Progress("grade", len(rows)) as progress:
             for first in range(0, len(rows), _CHUNK):

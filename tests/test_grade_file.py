@@ -77,6 +77,13 @@ def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
 
 
+def test_what_lies_beside_the_result_stays(tmp_path: Path) -> None:
+    source, out = tmp_path / "out.jsonl.part", tmp_path / "out.jsonl"
+    source.write_text('{"id": 1, "gold": "2", "pred": "2"}')
+    assert grade("--grader", "exact", source, out).returncode == 0
+    assert '"pred"' in source.read_text() and sorted(tmp_path.iterdir()) == [out, source]
+
+
 def test_what_is_searched_of_a_response_is_said_on_the_command_line(tmp_path: Path) -> None:
     rows = [{"id": text, "gold": "7", "pred": text} for text in ("7", "<think>7", "[think]7", "<think>7</think>8")]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
