@@ -23,7 +23,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "None": ((type(None),), "null"),
 }
 _GROUPS = ("grader", "problems")  # of which a benchmark has its own
-_NODES = ("engine", "decoding", "columns")  # and what is never left out
+_NODES = (".engine", ".decoding", ".columns", ".parts", ".options", ".thinking", "model.chat")  # never null, nor a word
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -41,7 +41,7 @@ def build(cfg: DictConfig) -> Experiment:
             made = hydra.utils.instantiate(config, _convert_="all")
         except InstantiationException as error:
             cause = error.__cause__
-            if isinstance(cause, TypeError):
+            if isinstance(cause, TypeError | AttributeError):
                 _check(node, OmegaConf.to_container(config, resolve=True))
                 # Else a key that the chosen class does not take:
                 raise ValueError(f"{node}: {cause}; leave it out, or see conf/{node.split('.')[0]}") from error
@@ -97,7 +97,7 @@ def _check(node: str, config: Any) -> None:
         _check(at, value)
         if name in _GROUPS and isinstance(value, str):
             raise ValueError(f"{at}={value}: {name} is a group of settings; type +{name}@{at}={value}")
-        if name in _NODES and not isinstance(value, dict):
+        if at.endswith(_NODES) and not isinstance(value, dict):
             raise _no_node(at, value)
         if value == "???" or not all(kind in _KINDS for kind in kinds.get(name, ["unknown"])):
             continue  # Hydra tells of what is missing, and the class looks at other kinds

@@ -138,6 +138,9 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
         (["sampler.decoding.temperature=nan"], r"temperature=nan top_p=0\.95: give temperature >= 0"),
         (["bench.engine._target_=ssgr.sampler.hf.Nope"], r"Error loading 'ssgr\.sampler\.hf\.Nope'"),
         (["bench.engine=null"], r"^bench\.engine=None: it has settings of its own; leave it out, or type"),
+        (["bench=suite/smoke", "bench.decoding=null"], r"^bench\.decoding=None: it has settings of its own"),
+        (["model.thinking=null"], r"^model\.thinking=None: it has settings of its own"),
+        (["model.chat=null"], r"^model\.chat=None: it has settings of its own"),
         (["bench.decoding=null"], r"^bench\.decoding=None: it has settings of its own; leave it out, or type"),
         (["bench=suite/smoke", "bench.benches.smoke.engine=hf"], r"^bench\.benches\.smoke\.engine=hf: it has settings"),
         (
