@@ -195,6 +195,16 @@ def test_a_killed_run_samples_only_what_is_missing(
     assert read_traces(tmp_path / "traces.parquet") == got
 
 
+@pytest.mark.parametrize("content", ["", "\0" * 9, "[3.5", "[3.5]", "null"])
+def test_what_was_spent_stops_no_run(content: str, tmp_path: Path) -> None:
+    """A host that went down may leave a file empty, and the traces beside it are worth more."""
+    assert spent(tmp_path) == (0.0, 0)
+    (tmp_path / "spent.json").write_text("[3.5, 7]")
+    assert spent(tmp_path) == (3.5, 7)
+    (tmp_path / "spent.json").write_text(content)
+    assert spent(tmp_path) == (0.0, 0)
+
+
 def test_a_part_that_cannot_be_read_now_is_kept(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,8 +120,10 @@ def _saved(part: Path) -> list[Trace]:
 
 def spent(folder: Path) -> tuple[float, int]:
     """Seconds of sampling in `folder` and tokens that were drawn in them, those of killed runs included, of others none."""
-    path = folder / SPENT
-    seconds, tokens = json.loads(path.read_text()) if path.exists() else (0.0, 0)
+    try:
+        seconds, tokens = json.loads((folder / SPENT).read_bytes())
+    except (FileNotFoundError, ValueError, TypeError):  # it may be damaged, as a part may
+        return 0.0, 0
     return float(seconds), int(tokens)
 
 
