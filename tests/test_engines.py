@@ -420,6 +420,21 @@ def test_ids_that_cannot_be_the_response_are_refused(
         ask(url, tokenizer, count=1)
 
 
+@pytest.mark.parametrize("gives", ["token_ids", "text"])
+def test_what_follows_the_end_of_a_response_is_none_of_it(gives: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """As of a server that does not know all stop tokens, and lets the model ask itself the next question."""
+    ids = [5, 9, int(tokenizer.eos_token_id), *[7] * 57]
+
+    def runs_on(answer: dict[str, Any]) -> None:
+        told = {"token_ids": ids} if gives == "token_ids" else {"text": tokenizer.decode(ids)}
+        answer["choices"][0] |= {**told, "finish_reason": "length"}
+        answer["usage"]["completion_tokens"] = 60
+
+    with running(Server(TINY.load(), tokenizer, gives=gives, change=runs_on)) as url:
+        (trace,) = ask(url, tokenizer, count=1, allow_retokenise=gives == "text")
+    assert trace.generated_ids == tuple(ids[:3]) and trace.finish == "stop"
+
+
 def test_an_empty_text_is_a_response_that_stopped_at_once(tokenizer: PreTrainedTokenizerBase) -> None:
     def empty(answer: dict[str, Any]) -> None:
         answer["choices"][0] |= {"text": "", "finish_reason": "stop"}

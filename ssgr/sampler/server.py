@@ -201,6 +201,8 @@ class _Asking:
             raise self._refused(
                 request, f"has the token id {wrong[0]}, and the model's vocabulary is {known}: is it another model?"
             )
+        if end := next((n for n, i in enumerate(ids, 1) if i in self.stop), None):
+            ids, stopped = ids[:end], True  # a server that knows fewer ends goes on past this one
         if not ids and not (stopped and told is None):  # a text may be empty: what ends a response is no text
             raise self._refused(request, "is empty; look at the server's log")
         if stopped and not (ids and ids[-1] in self.stop) and self.tokenizer.eos_token_id is not None:
