@@ -139,6 +139,7 @@ def test_jsonl_with_a_test_file(tmp_path: Path) -> None:
             r"row 2: no answer in column 'answer', which holds no text but .*rule",
         ),
         ({"problem": "x", "answer": [["2"]]}, r"row 2: no answer in column 'answer', which holds no text but"),
+        ({"problem": "x", "answer": ["2", None]}, r"row 2: no answer in column 'answer', which holds no text but"),
         ({"problem": "x", "answer": "work #### "}, "row 2: no answer in column 'answer'"),
         ("{oops", "row 2: not JSON"),
         ("[1]", "row 2: a row must be a JSON object"),

@@ -64,7 +64,7 @@ class Columns:
         """
         own = isinstance(self.choices, str) or self.choices is None  # the answer has a column of its own
         for role in ("question", "answer") if own else ("question",):
-            if _blank(value := row.get(getattr(self, role))) or _nested(value, several=role == "answer"):
+            if _blank(value := row.get(getattr(self, role))) or _no_text(value, several=role == "answer"):
                 raise self._lacks(role, row, f"{source}, row {number}")
         question = bare = str(row[self.question])
         solution = row.get(self.solution) if self.solution else None
@@ -110,7 +110,7 @@ class Columns:
             labels: Any = None
             if isinstance(listed, Mapping):  # as ARC has them
                 labels, listed = listed.get("label"), listed.get("text")
-            if not isinstance(listed, (list, tuple)) or any(one is None or isinstance(one, Mapping) for one in listed):
+            if not isinstance(listed, (list, tuple)) or any(_no_text(one) for one in listed):
                 raise _BadRow(
                     f"{where}: choices in column {self.choices!r} are no list of texts but {listed!s:.60}; its columns are "
                     f"{', '.join(row)}. Type problems.columns.choices=COLUMN, or '[COLUMN,COLUMN,...]' with the right one first"
@@ -150,11 +150,11 @@ def _blank(value: object) -> bool:
     return value in (None, []) or value != value or (isinstance(value, str) and not value.strip())  # NaN is none
 
 
-def _nested(value: object, several: bool) -> bool:
+def _no_text(value: object, several: bool = False) -> bool:
     """Whether `value` is no text, such as the turns of a chat, nor `several` texts where those may be."""
     if several and isinstance(value, list):
-        return any(_nested(one, several=False) for one in value)
-    return isinstance(value, (Mapping, list))
+        return any(map(_no_text, value))
+    return value is None or isinstance(value, (Mapping, list))
 
 
 def _level(value: object) -> int | None:
