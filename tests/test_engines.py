@@ -499,6 +499,12 @@ def test_an_address_that_is_none_is_one_sentence(url: str) -> None:
         ServerSampler(url)
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 1e12])
+def test_a_time_that_is_none_is_refused(seconds: float) -> None:
+    with pytest.raises(ValueError, match=r"^sampler\.engine\.timeout=.*: give seconds above 0, 1000000 at most$"):
+        ServerSampler("http://127.0.0.1:8000/v1", timeout=seconds)
+
+
 @pytest.mark.parametrize("text", [{}, {"text": None}])
 def test_a_response_without_text_is_one_sentence(text: dict[str, None], tokenizer: PreTrainedTokenizerBase) -> None:
     def change(answer: dict[str, Any]) -> None:

@@ -72,8 +72,8 @@ class ServerSampler:
             raise ValueError(f"sampler.engine.url={self.url}: {error}; type {_AS_WRITTEN}") from error
         if written.scheme not in ("http", "https") or not written.host:
             raise ValueError(f"sampler.engine.url={self.url} is no address of a server; type {_AS_WRITTEN}")
-        if not self.timeout > 0:
-            raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0")
+        if not 0 < self.timeout <= 1e6:
+            raise ValueError(f"sampler.engine.timeout={self.timeout}: give seconds above 0, 1000000 at most")
 
     def sample(
         self,
