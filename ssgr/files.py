@@ -87,8 +87,9 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any]]:
     Raises:
         ValueError: it is not UTF-8 or not JSON.
     """
-    text = "".join(line for _, line in lines(path)).removeprefix("\ufeff").strip()
-    if text.startswith("["):
+    bare = (line.removeprefix("\ufeff").strip() for _, line in lines(path))
+    if next(filter(None, bare), "").startswith("["):
+        text = "".join(line for _, line in lines(path)).removeprefix("\ufeff")
         yield from enumerate(parsed(text, path.name, parse_int=str, parse_float=str), 1)
     else:
         yield from json_lines(path)
