@@ -27,6 +27,7 @@ from launchers import outcome
 from ssgr import lean, tracker
 from ssgr.records import RunResult
 from ssgr.store import Store
+from ssgr.sweep import MANIFEST
 
 CONF = Path(__file__).parent / "conf"
 sys.path.append(str(CONF.parent / "launchers"))  # where Hydra finds hydra_plugins
@@ -41,6 +42,11 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
 
     own = HydraConfig.get()
     folder = Path(own.runtime.output_dir)
+    sweep = Path(own.sweep.dir) if own.mode == RunMode.MULTIRUN else folder
+    if (sweep / MANIFEST).exists():  # whose cells the tables and the page would show instead of these
+        raise ValueError(
+            f"{sweep} is the folder of a sweep of hydra/launcher=local or slurm: type that launcher, or another hydra.sweep.dir"
+        )
     store = Store(Path(cfg.store.path))
     experiment = build(cfg)
     check_apart(folder, experiment.model.path)
@@ -50,7 +56,6 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
         return None
     result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
     results.write(result, store, folder)
-    sweep = Path(own.sweep.dir) if own.mode == RunMode.MULTIRUN else folder
     tracker.track(tracker.Cell(result, folder, sweep, store.root, tuple(own.overrides.task)))
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)

@@ -12,7 +12,7 @@ from ssgr.records import RunResult, Score
 from ssgr.report import ran, table
 from ssgr.report.cells import Cell, told_apart
 from ssgr.report.cells import read as read_cells
-from ssgr.sweep import MANIFEST, code
+from ssgr.sweep import COMMAND, MANIFEST, code
 
 DONE: list[Cell] = []
 FAILED: list[str] = []
@@ -24,6 +24,8 @@ def add(folder: Path, read: int = 0, made: int = 0) -> None:
     """A cell left its result in `folder`."""
     _STAGES[0] += read
     _STAGES[1] += made
+    if folder.parent not in _sweeps():  # what is noted there is of an earlier command
+        (folder.parent / COMMAND).unlink(missing_ok=True)
     DONE.extend(read_cells(folder / "result.json"))
 
 
@@ -50,9 +52,14 @@ def finish() -> None:
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
     if FAILED:
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)
-    for folder in dict.fromkeys(cell.path.parent.parent for cell in DONE):
+    for folder in _sweeps():
         if (folder / "multirun.yaml").exists():  # Hydra's mark of a sweep; a single run has a table
             _page(folder)
+
+
+def _sweeps() -> list[Path]:
+    """The folders that the cells lie in."""
+    return list(dict.fromkeys(cell.path.parent.parent for cell in DONE))
 
 
 def _page(folder: Path) -> None:
@@ -62,11 +69,11 @@ def _page(folder: Path) -> None:
     if not (folder / MANIFEST).exists():
         try:
             root = Path(__file__).parent.parent
-            ran.record(
-                folder, ["python", Path(sys.argv[0]).name, *sys.argv[1:]], code(root, folder / "code.diff"), _BEGAN
-            )
+            command = ["python", Path(sys.argv[0]).name, *sys.argv[1:]]
+            own = dict.fromkeys(cell.path.parent.name for cell in DONE if cell.path.parent.parent == folder)
+            ran.record(folder, command, code(root, folder / "code.diff"), _BEGAN, list(own))
         except OSError as error:
-            print(f"[WARNING] {folder / ran.COMMAND} cannot be written ({error.strerror})", file=sys.stderr)
+            print(f"[WARNING] {folder / COMMAND} cannot be written ({error.strerror})", file=sys.stderr)
     failed = [f"no result of {line}" for line in FAILED]
     file = page.leave(folder, failed, any(word.startswith("experiment=") for word in sys.argv))
     if file is not None:

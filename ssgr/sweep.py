@@ -17,6 +17,7 @@ from ssgr.keys import KEY_LENGTH, digest
 from ssgr.queue import Records
 
 MANIFEST, VERSION = "sweep.json", 1
+COMMAND = "command.json"  # what a sweep in one process leaves when it ends: what made it, and which cells it has
 CONFIGS = "configs"  # what cells were composed to, by content: a queued job finds its own, however the grid changes
 
 

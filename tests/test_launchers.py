@@ -198,6 +198,14 @@ def test_a_changed_grid_takes_the_place_of_the_one_before(tmp_path: Path) -> Non
     assert [cell.path for cell in cells.find([other])] == [other]
 
 
+def test_the_folder_of_a_launcher_takes_no_cell_of_another_way(run: Run, tmp_path: Path) -> None:
+    """Else tables would show its own grid, and write that over the cell's result."""
+    small(Store(tmp_path / "store"), tmp_path / "sweep").write()
+    said = command(run, "-m", "calib=corpus", "pruner=magnitude", code=1)
+    assert "is the folder of a sweep of hydra/launcher=local or slurm: type that launcher, or another" in said
+    assert not (tmp_path / "sweep" / "0" / "result.json").exists()
+
+
 def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     sweep = small(store, tmp_path / "sweep")

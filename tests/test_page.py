@@ -407,3 +407,19 @@ def test_the_end_of_a_sweep_leaves_the_page_and_the_figures_of_an_experiment(
     content = (folder / "report.html").read_text()
     assert "python run.py experiment=draws" in content and "no result of draw=2: no room" in content
     assert (folder / "figures" / "draws_tiny_held_out.svg").exists()
+
+
+def test_a_smaller_grid_in_the_same_folder_shows_no_cell_of_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sweep(tmp_path, grid(ratio=[0.3, 0.4, 0.5]))
+    (folder / "multirun.yaml").write_text("")
+    files = [folder / str(n) / "result.json" for n in range(3)]
+    monkeypatch.setattr(outcome, "DONE", [])
+    outcome.add(folder / "0")
+    outcome.finish()
+    assert [cell.path for cell in page.find([folder])[0]] == [cell.path for cell in find([folder])] == files[:1]
+    assert "40 %" not in (folder / "report.html").read_text()
+    monkeypatch.setattr(outcome, "DONE", [])
+    outcome.add(folder / "1")  # of a command that is killed: which cells it has is not known
+    assert [cell.path for cell in find([folder])] == files

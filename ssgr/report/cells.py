@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ssgr.intervals import linear
 from ssgr.records import Verdict
+from ssgr.sweep import COMMAND
 from ssgr.sweep import read as read_sweep
 from ssgr.tables import ITEM, columns, outcomes_file, read_items, read_verdicts
 
@@ -107,10 +109,18 @@ def result_files(given: Iterable[Path]) -> list[Path]:
             found.append(path)
             continue
         below = sorted(path.rglob("result.json"), key=natural)
-        sweeps = {folder: read_sweep(folder) for folder in {file.parent.parent for file in below}}
-        cells = {own.cell(number) for own in sweeps.values() if own is not None for number in own.graph.cells}
-        found += [file for file in below if sweeps[file.parent.parent] is None or file.parent in cells]
+        cells = {folder: _cells_of(folder) for folder in {file.parent.parent for file in below}}
+        found += [file for file in below if (own := cells[file.parent.parent]) is None or file.parent in own]
     return found
+
+
+def _cells_of(folder: Path) -> set[Path] | None:
+    """The folders of a sweep's cells; None where no sweep says which they are."""
+    if (own := read_sweep(folder)) is not None:
+        return {own.cell(number) for number in own.graph.cells}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return {folder / name for name in json.loads((folder / COMMAND).read_text())["cells"]}
+    return None
 
 
 def natural(path: Path) -> list[tuple[int, str]]:

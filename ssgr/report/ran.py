@@ -13,15 +13,15 @@ import yaml
 from ssgr.files import write_json
 from ssgr.report.cells import Cell
 from ssgr.report.groups import sweep_of
-from ssgr.sweep import MANIFEST
+from ssgr.sweep import COMMAND, MANIFEST
 
-COMMAND = "command.json"  # what a sweep in one process leaves beside its cells
 _UNKNOWN = "not recorded"
 
 
-def record(folder: Path, command: Sequence[str], commit: str, began: str) -> None:
-    """Leave in the folder of a sweep what made it."""
-    write_json(folder / COMMAND, {"command": list(command), "commit": commit, "created": began})
+def record(folder: Path, command: Sequence[str], commit: str, began: str, cells: Sequence[str]) -> None:
+    """Leave in the folder of a sweep what made it, and the names of its cells."""
+    found = {"command": list(command), "commit": commit, "created": began, "cells": list(cells)}
+    write_json(folder / COMMAND, found)
 
 
 def facts(cells: Sequence[Cell]) -> list[tuple[str, list[str]]]:
