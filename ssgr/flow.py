@@ -240,7 +240,7 @@ class Flow:
             "pruner": x.pruner,
             "sparsity": x.sparsity,
             "allocation": x.allocation,
-            "passing": x.passing if x.pruner.statistic != "none" else None,
+            "passing": x.passing.heeded(x.pruner.statistic),
             "scope": x.scope if inputs and "scope" in x.calib.uses else None,
         }
 

@@ -274,3 +274,21 @@ def test_grading_again_samples_and_prunes_nothing(bench: str, tmp_path: Path) ->
         return {(one.stage, one.key) for one in pipeline.plan(experiment, Store(tmp_path))}
 
     assert {stage for stage, _ in keys("+grader@bench.grader=math") - keys()} == {"grade", "evaluate"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "heeded"),
+    [
+        (("pruner=wanda",), True),
+        (("pruner=wanda", "allocation=owl"), True),
+        (("pruner=wanda", "propagate=dense"), False),
+        (("pruner=wandapp",), False),
+        (("pruner=magnitude",), False),
+    ],
+)
+def test_the_order_is_in_a_key_where_it_is_heeded(settings: tuple[str, ...], heeded: bool, tmp_path: Path) -> None:
+    layer, block = (
+        [one.key for one in pipeline.plan(build("device=cpu", *settings, f"order={order}"), Store(tmp_path))]
+        for order in ("layer", "block")
+    )
+    assert (layer != block) == heeded

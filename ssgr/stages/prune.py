@@ -72,6 +72,12 @@ class Passing:
             if getattr(self, option) not in valid:
                 raise ValueError(f"{option}={getattr(self, option)!r}: valid choices are {', '.join(valid)}")
 
+    def heeded(self, statistic: Statistic) -> Passing | None:
+        """What of it a prune by `statistic` heeds: where no row passes by, or a block is pruned whole, the order says nothing."""
+        if statistic == "none":
+            return None
+        return self if self.propagate == "pruned" and statistic != "gradient" else Passing(self.propagate)
+
 
 def prune(
     model: Model,
