@@ -132,7 +132,7 @@ def cell_state(sweep: sweeps.Sweep, found: Mapping[str, State], number: int) -> 
     for key, one in own.items():
         if one.state == "queued":
             return f"queued: {sweep.graph.stages[key].name}" + (f" ({one.why})" if one.why != "None" else "")
-    return "waiting: no job is queued for it; give the command of the sweep again"
+    return "waiting: no job is queued for it; give the command of the sweep again, unless it still runs"
 
 
 def find(path: Path | None) -> sweeps.Sweep:

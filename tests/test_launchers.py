@@ -222,6 +222,8 @@ def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
     ]
     assert status.cell_state(sweep, found, 0) == "failed: prune: the disk is full (log: some.log)"
     assert status.cell_state(sweep, found, 1) == "queued: prune (Priority)"
+    unknown = status.states(sweep, store, None)  # no scheduler: processes of this machine, whose command may go on
+    assert status.cell_state(sweep, unknown, 1).endswith("give the command of the sweep again, unless it still runs")
 
 
 def test_status_knows_a_job_that_died_without_a_word(tmp_path: Path) -> None:
