@@ -128,18 +128,24 @@ def hint(asked: Namespace) -> str:
     return "\n".join(out)
 
 
-def check_folders(asked: Namespace) -> None:
-    """See that the output folder can be written, before Hydra fails on it with a traceback.
+def check(asked: Namespace) -> None:
+    """See that the output folder can be written, before Hydra fails on it with a traceback, and that one experiment is asked for.
 
     Raises:
-        ValueError: it cannot; the message names it.
+        ValueError: it cannot, or several are; the message names it.
     """
     if any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
         return  # nothing is run
     try:
-        given = {one.key_or_group: one.value() for one in OverridesParser.create().parse_overrides(asked.overrides)}
+        overrides = OverridesParser.create().parse_overrides(asked.overrides)
     except HydraException:
         return  # Hydra says what it cannot read
+    if any(one.key_or_group == "experiment" and one.is_sweep_override() for one in overrides):
+        # Hydra reads the axes of a sweep before it chooses among values: each would be one cell without any
+        raise ValueError(
+            "each experiment is a sweep with axes of its own: give one command for each, with experiment=NAME"
+        )
+    given = {one.key_or_group: one.value() for one in overrides}
     places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
     for option, value in (places or {"hydra.run.dir": "outputs"}).items():
         folder = Path(value.split("${")[0])
@@ -157,7 +163,7 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
     asked = get_args_parser().parse_args()
     try:
-        check_folders(asked)
+        check(asked)
     except ValueError as error:
         sys.exit(f"[ERROR] {error}")
     try:

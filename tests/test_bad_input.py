@@ -135,6 +135,11 @@ def test_a_command_that_only_shows_makes_no_folder_and_quotes_are_hydras(run: Ru
     assert [path.name for path in tmp_path.iterdir()] == ["a file"]
 
 
+def test_two_experiments_are_two_commands(run: Run) -> None:
+    """Each would be one cell without the axes of its sweep."""
+    told(run, ["-m", "experiment=length,difficulty"], ["each experiment is a sweep", "one command for each"])
+
+
 def test_a_config_that_is_not_there(run: Run) -> None:
     done = run("--config-name=foo")
     assert done.returncode == 1 and "--config-name=foo: conf has config.yaml alone. Leave it out" in done.stderr
