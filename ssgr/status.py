@@ -167,6 +167,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         sweep = find(args.sweep)
         store = Store(Path(sweep.store), reads=True)
+        if not store.root.is_dir():
+            raise ValueError(
+                f"the store {store.root} of this sweep is not there any more, so how far it is cannot be told; what its cells "
+                f"left is in python -m ssgr.report {sweep.folder}"
+            )
         found = states(sweep, store, live(store))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -140,13 +140,22 @@ def _sweep(folder: Path, found: dict[str, Any]) -> Sweep:
 
 
 def referred(folders: Sequence[Path]) -> set[str]:
-    """The keys that results and sweeps under `folders` name."""
+    """The keys that results and sweeps under `folders` name.
+
+    Raises:
+        ValueError: one of them is damaged, so that it is not known what it refers to.
+    """
     out: set[str] = set()
     for folder in folders:
-        for file in folder.rglob("result.json"):
-            out |= set(json.loads(file.read_text())["keys"].values())
-        for file in folder.rglob(MANIFEST):
-            out |= {stage["key"] for stage in json.loads(file.read_text())["stages"]}
+        for file in (*folder.rglob("result.json"), *folder.rglob(MANIFEST)):
+            try:
+                found = json.loads(file.read_text())
+                out |= {one["key"] for one in found["stages"]} if file.name == MANIFEST else {*found["keys"].values()}
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
+                raise ValueError(
+                    f"{file} cannot be read ({type(error).__name__}: {error}), so what it refers to is not known: give its "
+                    "command again, or remove it"
+                ) from error
     return out
 
 

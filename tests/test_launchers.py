@@ -226,6 +226,15 @@ def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
     assert status.cell_state(sweep, unknown, 1).endswith("give the command of the sweep again, unless it still runs")
 
 
+def test_status_of_a_store_that_is_gone_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Else every stage would wait for its command, which would make all of them again."""
+    store = Store(tmp_path / "store")
+    small(store, tmp_path / "sweep").write()
+    store.root.rename(tmp_path / "moved")
+    assert status.main([str(tmp_path / "sweep")]) == 1
+    assert f"error: the store {store.root} of this sweep is not there any more" in capsys.readouterr().err
+
+
 def test_status_knows_a_job_that_died_without_a_word(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     sweep = small(store, tmp_path / "sweep")
@@ -286,6 +295,19 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert store_main(["verify", *where]) == 1
     assert "the sha256 is not that of its manifest" in capsys.readouterr().out
     assert store_main(["ls", "--store", str(tmp_path / "none")]) == 1
+
+
+@pytest.mark.parametrize("name", ["result.json", "sweep.json"])
+@pytest.mark.parametrize("content", ["{", "{}", "[1]", '{"keys": 1, "stages": 1}'])
+def test_what_a_damaged_file_refers_to_is_not_cleared(
+    name: str, content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store, file = Store(tmp_path / "store"), tmp_path / "outputs" / "run" / name
+    store.run("prune", "b", lambda work: None)
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path / "outputs")]) == 1
+    assert f"error: {file} cannot be read (" in capsys.readouterr().err and store.find("prune", "b")
 
 
 def test_what_may_only_be_read_is_read(
