@@ -168,6 +168,9 @@ if __name__ == "__main__":
         sys.exit(f"[ERROR] {error}")
     try:
         main()
+    except KeyboardInterrupt:
+        print("stopped: the same command goes on where this one was", file=sys.stderr)
+        sys.exit(130)  # as shells say of what Ctrl-C ended
     except SystemExit as stop:  # Hydra could not compose the config, and said so
         if stop.code == 1 and not outcome.DONE and not outcome.FAILED:
             print(hint(asked), file=sys.stderr)

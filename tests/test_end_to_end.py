@@ -220,3 +220,16 @@ def test_jobs_share_the_sampling(run: Run, tmp_path: Path) -> None:
         score["accuracy"] for score in (result(tmp_path / r)["scores"]["held_out"]["dense"] for r in ("run", "alone"))
     ] == [shared["scores"]["held_out"]["dense"]["accuracy"]] * 2
     assert "give the number of a part" in run("shard=4/3").stdout
+
+
+def test_what_is_stopped_by_its_user_says_how_to_go_on(tmp_path: Path) -> None:
+    places = [f"store.path={tmp_path / 'store'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    command = [sys.executable, str(ROOT / "run.py"), *places, "device=cpu", "problems.calibration=400"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr
+        while not any((tmp_path / "store" / "sample").glob("*.work")) and process.poll() is None:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        told = process.stderr.read()
+    assert process.returncode == 130 and "the same command goes on where this one was" in told, told
+    assert "Traceback" not in told

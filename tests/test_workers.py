@@ -196,6 +196,21 @@ def test_a_reader_that_fails_ends_them_with_python() -> None:
     assert not alive(int(done.stdout))
 
 
+def test_two_interrupts_leave_none() -> None:
+    """As a job of hydra/launcher=local gets them: from the terminal, and from the command that it belongs to."""
+    script = (
+        "import os, tests.test_workers as t\n"
+        "def interrupted(process): t.workers.BaseProcess.kill = kill; raise KeyboardInterrupt\n"
+        "kill, t.workers.BaseProcess.kill = t.workers.BaseProcess.kill, interrupted\n"
+        "some = t.workers.together([lambda: t.forever([os.getpid()])] * 2)\n"
+        "for pid in some: print(pid, flush=True); some.throw(KeyboardInterrupt())"
+    )
+    root = Path(__file__).parent.parent
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=root, timeout=120)
+    assert "KeyboardInterrupt" in done.stderr
+    assert not alive(int(done.stdout))
+
+
 def alive(pid: int) -> bool:
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE

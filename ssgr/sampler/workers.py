@@ -91,8 +91,8 @@ def together(jobs: Sequence[Callable[[], Iterable[T]]]) -> Iterator[T]:
                 else:
                     yield said[0]
     finally:
-        atexit.unregister(end)
         end()
+        atexit.unregister(end)  # last: where a second interrupt came before, it is called when Python ends
 
 
 _Said = tuple[T] | Exception | None  # something of what a job yields, what it raised, or that it is done
