@@ -70,6 +70,7 @@ class Candidates:
     funnel: Funnel
     strata: tuple[Hashable, ...] | None = None
     windowed: bool = False  # running text or noise: the last row may be shortened to meet the budget exactly
+    attempts: bool = False  # several rows may be of one problem: their ids are PROBLEM#ATTEMPT
 
 
 def as_row(graded: Graded, bin_: str = "") -> Row:
@@ -114,7 +115,7 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
     if policy.balance != "none":
         _see_strata(fit if policy.balance == "length" else hard, [strata[i] for i in kept], policy)
     balanced = None if policy.balance == "none" else tuple(strata[i] for i in kept)
-    return Candidates(tuple(rows[i] for i in kept), funnel, balanced)
+    return Candidates(tuple(rows[i] for i in kept), funnel, balanced, attempts=True)
 
 
 def show(funnel: Funnel) -> str:
@@ -296,7 +297,7 @@ def _fill(order: Sequence[int], lengths: Sequence[int], tokens: int, strata: Seq
 def left_over(candidates: Candidates, drawn: Sequence[Row], tokens: int, seed: int) -> tuple[Row, ...]:
     """At most `tokens` tokens of random rows of which none was drawn, nor another attempt at the same problem, which may be
     the same text; fewer, or none, where the pool is used up."""
-    problem: Callable[[Row], str] = lambda row: row.id.rsplit("#", 1)[0]
+    problem: Callable[[Row], str] = lambda row: row.id.rpartition("#")[0] if candidates.attempts else row.id
     used = {problem(row) for row in drawn}
     rest = [row for row in candidates.rows if problem(row) not in used]
     random.Random(f"held out/{seed}").shuffle(rest)

@@ -140,8 +140,10 @@ def test_held_out_rows_are_none_of_those_that_were_drawn() -> None:
     assert not {r.id for r in held_out} & {r.id for r in drawn} and 25 < sum(map(len, held_out)) <= 50
     assert left_over(candidates, candidates.rows, 50, 0) == ()
     attempts = tuple(replace(row, id=f"p{i % 3}#{i}") for i, row in enumerate(candidates.rows))
-    held_out = left_over(replace(candidates, rows=attempts), attempts[:2], 10**6, 0)
+    held_out = left_over(replace(candidates, rows=attempts, attempts=True), attempts[:2], 10**6, 0)
     assert {row.id[:3] for row in held_out} == {"p2#"}, "nor are other attempts at the same problems"
+    prompts = replace(candidates, rows=tuple(replace(row, id=f"set#{row.id}") for row in candidates.rows))
+    assert left_over(prompts, prompts.rows[:1], 50, 0), "of prompts each is a problem, whatever signs its id has"
 
 
 def test_funnel_counts_every_filter() -> None:

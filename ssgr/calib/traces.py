@@ -47,7 +47,7 @@ class OwnTraces:
             return eligible(material.graded, self.verdict, policy)
         rows = tuple(as_rows(material.graded, wrong_shares(material.graded), policy.bins))
         funnel: Funnel = (("graded", len(rows)),)
-        return Candidates(rows, funnel)
+        return Candidates(rows, funnel, attempts=True)
 
     def reference(self, material: Material, policy: Policy) -> Candidates:
         """The selection that the control matches."""
