@@ -94,9 +94,8 @@ def tokens(group: Group) -> Figure | None:
         row["colour"] = row["calib"] or "dense"
         row["shape"] = (row["pruner"] or "dense") if several else row["colour"]
     colours, shapes = distinct(rows, "colour"), distinct(rows, "shape")
-    chart = base(
-        x=alt.X("tokens:Q", title="mean response tokens", scale=alt.Scale(zero=False)), color=color("colour", colours)
-    )
+    x = alt.X("tokens:Q", title="mean response tokens", scale=alt.Scale(zero=False), axis=alt.Axis(tickCount=6))
+    chart = base(x=x, color=color("colour", colours))
     bars = chart.mark_rule(strokeWidth=1.5, opacity=0.6).encode(
         y=alt.Y("low:Q", title=metric_title(group)), y2="high:Q"
     )
