@@ -20,6 +20,7 @@ from ssgr.select import Policy
 from ssgr.text import Text
 from tests.conftest import TINY
 from tests.test_configs import build
+from tests.test_thinking import byte_tokenizer
 
 NO_FILTER = Policy(Difficulty("any", 0, 1, True, True), Length("any", "percentile", None, None))
 
@@ -93,10 +94,20 @@ def test_lines_are_joined_to_running_text(tokenizer: PreTrainedTokenizerBase, tm
     given = material(tokenizer, Problem("a", "1+2", "3", "x", None, None), "1")
     apart, joined = (Corpus("own", 0, str(tmp_path / "a.jsonl"), 20, joined=how) for how in (False, True))
     text = "".join(tokenizer.decode(list(row.ids)) for row in joined.candidates(given, NO_FILTER).rows)
-    start = tokenizer.bos_token or ""
-    assert len(text) > 400 and (start + "\n\n".join(lines) + tokenizer.eos_token).startswith(text)
+    assert len(text) > 400 and ("\n\n".join(lines) + tokenizer.eos_token).startswith(text)
     assert any(tokenizer.eos_token_id in row.ids for row in apart.candidates(given, NO_FILTER).rows)
     assert keys.digest(apart) != keys.digest(joined)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_documents_begin_as_the_tokenizer_begins_a_text(begins: bool, tmp_path: Path) -> None:
+    own, lines = byte_tokenizer(bos=begins), [f"The baker walked to mill {i}." for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    given = material(own, Problem("a", "1+2", "3", "x", None, None), "1")
+    rows = Corpus("own", 0, str(tmp_path / "a.jsonl"), 20).candidates(given, NO_FILTER).rows
+    found = [i for row in rows for i in row.ids]
+    want = [i for line in lines for i in (*own(line)["input_ids"], own.eos_token_id)]
+    assert len(found) > 100 and found == want[: len(found)] and (own.bos_token_id in found) == begins
 
 
 def test_wikitext_is_running_text() -> None:

@@ -77,7 +77,6 @@ class Corpus(_Plain):
         """Non-overlapping windows of the tokenised documents, joined by the end-of-text token."""
         window = min(self.window, material.row_tokens)
         tokenizer = material.tokenizer
-        start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids: list[int] = []
         rows: list[Row] = []
@@ -85,7 +84,8 @@ class Corpus(_Plain):
         enough = _POOL * material.tokens // 8 + 1  # paragraphs of prose: each has more than eight tokens
         for text in [self._text.whole(enough)] if self.joined else self._text.documents(self.draw):
             documents += 1
-            ids += start + list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) + stop
+            own = list(tokenizer(text, verbose=False)["input_ids"])  # with what the tokenizer itself puts before a text
+            ids += own + ([] if own[-1:] == stop else stop)
             end = len(ids) - len(ids) % window
             for first in range(0, end, window):
                 rows.append(Row(tuple(ids[first : first + window]), 0, f"{self.name}/{len(rows)}"))
