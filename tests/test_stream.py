@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -733,6 +734,14 @@ def test_the_plan_knows_the_limits_of_the_process(
         prune(
             saved(tmp_path / "source"), tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1), tmp_path / "work"
         )
+
+
+def test_a_model_that_was_used_leaves_memory_at_once_though_it_is_held_in_circles() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.__dict__["itself"], gone = model, weakref.ref(model)
+    with heap.reused():
+        del model
+    assert gone() is None
 
 
 def test_memory_that_ends_all_the_same_is_told() -> None:

@@ -55,8 +55,8 @@ def reused() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.collect()  # models are held in circles
         if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            gc.collect()  # models are held in circles
             torch.cuda.empty_cache()
         if own:
             libc.mallopt(_MMAP, _USUAL)
