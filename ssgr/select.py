@@ -220,9 +220,14 @@ def draw(candidates: Candidates, budget: Budget, seed: int) -> tuple[Row, ...]:
     if (tokens or 0) > total or (budget.rows or 0) > len(rows):
         asked = f"budget.tokens={tokens}" if tokens else f"budget.rows={budget.rows}"
         most = f"budget.tokens={total}" if tokens else f"budget.rows={len(rows)}"
+        more = (
+            "sample more (sampler.decoding.attempts, or more problems)"
+            if candidates.attempts
+            else "give more text or problems"
+        )
         raise ValueError(
             f"{asked} is more than the pool holds: {show(candidates.funnel)}, {total} tokens; type {most} or less, "
-            "or sample more (problems.calibration, sampler.decoding.attempts)"
+            f"or {more}"
         )
     order = _order(candidates, random.Random(seed))
     if tokens is None:

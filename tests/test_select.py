@@ -55,6 +55,13 @@ def test_wrong_share_leaves_out_what_the_grader_failed_on() -> None:
     assert wrong_shares([failed]) == {}
 
 
+@pytest.mark.parametrize(("attempts", "advice"), [(True, "or sample more"), (False, "or give more text or problems")])
+def test_a_pool_that_is_too_small_is_told_with_what_makes_it_larger(attempts: bool, advice: str) -> None:
+    few = Candidates((Row((1, 2, 3), 3, "a#0"),), (("rows", 1),), attempts=attempts)
+    with pytest.raises(ValueError, match=rf"3 tokens; type budget.tokens=3 or less, {advice}"):
+        draw(few, Budget(tokens=4), 0)
+
+
 def test_where_no_difficulty_is_asked_for_a_problem_that_was_never_graded_may_be_drawn() -> None:
     traces = pool()
     failed = [replace(g, verdict=Verdict.GRADER_FAILED) if g.trace.problem_id == "p0" else g for g in traces]
