@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from ssgr import tracker
 from ssgr.experiment import Experiment
@@ -46,6 +46,8 @@ def build(cfg: DictConfig) -> Experiment:
                 # Else a key that the chosen class does not take:
                 raise ValueError(f"{node}: {cause}; leave it out, or see conf/{node.split('.')[0]}") from error
             raise ValueError(str(cause or error)) from error
+        except MissingMandatoryValue as error:
+            raise ValueError(f"{error.full_key} has no value; type {error.full_key}=VALUE") from error
         except OmegaConfBaseException as error:
             raise ValueError(f"{error.full_key or node}: {error.msg or error}") from error
         _check(node, OmegaConf.to_container(config, resolve=True))
