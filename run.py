@@ -41,6 +41,8 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     from ssgr import pipeline, results
 
     own = HydraConfig.get()
+    if own.mode == RunMode.RUN and any(o.startswith("hydra/launcher=") for o in own.overrides.hydra):
+        raise ValueError("hydra/launcher launches sweeps alone, and this is a single run, here: type -m before it")
     folder = Path(own.runtime.output_dir)
     sweep = Path(own.sweep.dir) if own.mode == RunMode.MULTIRUN else folder
     if (sweep / MANIFEST).exists():  # whose cells the tables and the page would show instead of these

@@ -42,6 +42,7 @@ CASES = {
     "no such GPU": (["device=cuda:99"], ["device=cuda:99", "device=auto"]),
     "system prompt": (["model.system=Think.", "bench=smoke"], ["chat template", "model.system=null"]),
     "level": (["problems.levels=[12]"], ["1 to 8"]),
+    "launcher of one cell": (["hydra/launcher=slurm"], ["launches sweeps alone", "type -m"]),
     "option without a value": (
         ["sampler=server"],
         ["[ERROR] sampler.engine.url has no value; type sampler.engine.url=VALUE\n"],
