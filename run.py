@@ -148,6 +148,10 @@ def check(asked: Namespace) -> None:
             "each experiment is a sweep with axes of its own: give one command for each, with experiment=NAME"
         )
     given = {one.key_or_group: one.value() for one in overrides}
+    for group in (one.key_or_group for one in overrides if not one.is_delete()):
+        if (CONF / group).is_dir() and isinstance(given[group], int | float | dict | None):  # Hydra fails on it
+            names = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+            raise ValueError(f"{group} is the name of a choice: type {group}=NAME, of {names}")
     places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
     for option, value in (places or {"hydra.run.dir": "outputs"}).items():
         folder = Path(value.split("${")[0])

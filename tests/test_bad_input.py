@@ -43,6 +43,8 @@ CASES = {
     "system prompt": (["model.system=Think.", "bench=smoke"], ["chat template", "model.system=null"]),
     "level": (["problems.levels=[12]"], ["1 to 8"]),
     "launcher of one cell": (["hydra/launcher=slurm"], ["launches sweeps alone", "type -m"]),
+    "no choice": (["pruner=null"], ["pruner=NAME, of alps, dsnot"]),
+    "choice that is a number": (["calib=4"], ["calib=NAME, of c4, corpus"]),
     "option without a value": (
         ["sampler=server"],
         ["[ERROR] sampler.engine.url has no value; type sampler.engine.url=VALUE\n"],
