@@ -107,7 +107,7 @@ def main(cfg: DictConfig) -> float | None:
 
 def hint(asked: Namespace) -> str:
     """For each override whose key is in no config, and a config that is not there: where it was looked for, and what there is."""
-    out = []
+    out = [f"{o}: type $HOME in place of ~, which the shell leaves alone there." for o in asked.overrides if "=~" in o]
     name = asked.config_name
     if name not in (None, "config", "config.yaml") and not (asked.config_path or asked.config_dir):
         out.append(f"--config-name={name}: {CONF.name} has config.yaml alone. Leave it out, or type experiment=NAME.")
@@ -155,6 +155,8 @@ def check(asked: Namespace) -> None:
     places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
     for option, value in (places or {"hydra.run.dir": "outputs"}).items():
         folder = Path(value.split("${")[0])
+        if folder.parts[:1] == ("~",):
+            raise ValueError(f"{option}={value}: type $HOME in place of ~, which Hydra takes for the name of a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

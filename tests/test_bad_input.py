@@ -45,6 +45,7 @@ CASES = {
     "launcher of one cell": (["hydra/launcher=slurm"], ["launches sweeps alone", "type -m"]),
     "no choice": (["pruner=null"], ["pruner=NAME, of alps, dsnot"]),
     "choice that is a number": (["calib=4"], ["calib=NAME, of c4, corpus"]),
+    "home": (["model=local", "model.path=~/m"], ["model.path=~/m: type $HOME in place of ~"]),
     "option without a value": (
         ["sampler=server"],
         ["[ERROR] sampler.engine.url has no value; type sampler.engine.url=VALUE\n"],
@@ -119,6 +120,12 @@ def test_an_unwritable_output_folder(run: Run, tmp_path: Path) -> None:
     told(
         run, [f"hydra.run.dir={tmp_path / 'file' / 'run'}"], ["output folder", "cannot be written", "hydra.run.dir=DIR"]
     )
+
+
+def test_an_output_folder_at_home(run: Run, tmp_path: Path) -> None:
+    """Hydra makes a folder of the name ~ where one stands."""
+    told(run, ["hydra.run.dir='~/run'"], ["hydra.run.dir=~/run: type $HOME in place of ~"])
+    assert not (tmp_path / "~").exists()
 
 
 def test_an_output_folder_that_is_the_models(run: Run, tmp_path: Path) -> None:
