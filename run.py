@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
@@ -16,12 +17,14 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the loading of weights, too
 
 import hydra
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from launchers import outcome
 from ssgr import lean, tracker
@@ -114,6 +117,7 @@ def hint(asked: Namespace) -> str:
     for key in (o.split("=")[0].lstrip("+~") for o in asked.overrides if "=" in o):
         if key.startswith("hydra"):
             continue
+        out += _of_another(key, asked.overrides)
         group, _, rest = key.partition(".")
         files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
         names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}
@@ -128,6 +132,24 @@ def hint(asked: Namespace) -> str:
             meant = f"; did you mean {near[0]}?" if near else "."
             out.append(f"{key}: {place} has no {wanted}{meant} Valid are {', '.join(sorted(names))}.")
     return "\n".join(out)
+
+
+def _of_another(key: str, overrides: list[str]) -> list[str]:
+    """Of an option that the choice of its group lacks, those that have it: Hydra advises to append it, which leads nowhere."""
+    group = key.partition(".")[0]
+    names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    with suppress(HydraException, OmegaConfBaseException), initialize_config_dir(str(CONF), version_base="1.3"):
+        if key != group and names and not _has([o for o in overrides if o.split("=")[0] in (group, "experiment")], key):
+            have = "|".join(name for name in names if _has([f"{group}={name}"], key))
+            return [f"{key} is an option of {group}={have}: choose one of these for it."] if have else []
+    return []
+
+
+def _has(overrides: list[str], key: str) -> bool:
+    """Whether what these overrides compose has an option of this name."""
+    place, _, name = key.rpartition(".")
+    node = OmegaConf.select(compose("config", overrides), place)
+    return isinstance(node, DictConfig) and (name in node or OmegaConf.is_missing(node, name))
 
 
 def check(asked: Namespace) -> None:

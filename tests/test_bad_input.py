@@ -46,6 +46,14 @@ CASES = {
     "no choice": (["pruner=null"], ["pruner=NAME, of alps, dsnot"]),
     "choice that is a number": (["calib=4"], ["calib=NAME, of c4, corpus"]),
     "home": (["model=local", "model.path=~/m"], ["model.path=~/m: type $HOME in place of ~"]),
+    "option of another choice": (
+        ["calib.text=a.txt"],
+        ["calib.text is an option of calib=c4|corpus|wikitext: choose"],
+    ),
+    "option of another engine": (
+        ["sampler.engine.url=http://x"],
+        ["sampler.engine.url is an option of sampler=server: choose"],
+    ),
     "option without a value": (
         ["sampler=server"],
         ["[ERROR] sampler.engine.url has no value; type sampler.engine.url=VALUE\n"],
@@ -158,6 +166,11 @@ def test_a_config_that_is_not_there(run: Run) -> None:
     done = run("--config-name=foo")
     assert done.returncode == 1 and "--config-name=foo: conf has config.yaml alone. Leave it out" in done.stderr
     assert "the top level has no" not in done.stderr, done.stderr
+
+
+def test_an_option_that_a_choice_inherits_is_not_told_of_others(run: Run) -> None:
+    done = run("calib=wikitext", "calib.text=a.txt", "prunr=wanda")
+    assert "did you mean pruner?" in done.stderr and "is an option of" not in done.stderr, done.stderr
 
 
 def test_hydras_own_settings_are_told_by_hydra(run: Run) -> None:
