@@ -172,7 +172,8 @@ def check(asked: Namespace) -> None:
     given = {one.key_or_group: one.value() for one in overrides}
     for group in (one.key_or_group for one in overrides if not one.is_delete()):
         if (CONF / group).is_dir() and isinstance(given[group], int | float | dict | None):  # Hydra fails on it
-            names = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+            files = (CONF / group).rglob("*.yaml")
+            names = ", ".join(sorted(str(file.relative_to(CONF / group).with_suffix("")) for file in files))
             raise ValueError(f"{group} is the name of a choice: type {group}=NAME, of {names}")
     places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
     for option, value in (places or {"hydra.run.dir": "outputs"}).items():

@@ -24,7 +24,7 @@ def add(folder: Path, read: int = 0, made: int = 0) -> None:
     """A cell left its result in `folder`."""
     _STAGES[0] += read
     _STAGES[1] += made
-    if folder.parent not in _sweeps():  # what is noted there is of an earlier command
+    if _swept(folder.parent) and folder.parent not in _sweeps():  # what is noted there is of an earlier command
         (folder.parent / COMMAND).unlink(missing_ok=True)
     DONE.extend(read_cells(folder / "result.json"))
 
@@ -53,8 +53,13 @@ def finish() -> None:
     if FAILED:
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)
     for folder in _sweeps():
-        if (folder / "multirun.yaml").exists():  # Hydra's mark of a sweep; a single run has a table
+        if _swept(folder):  # a single run has a table
             _page(folder)
+
+
+def _swept(folder: Path) -> bool:
+    """Whether Hydra marked a folder as that of a sweep; what lies beside a single run is none of ours."""
+    return (folder / "multirun.yaml").exists()
 
 
 def _sweeps() -> list[Path]:

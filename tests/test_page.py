@@ -423,3 +423,12 @@ def test_a_smaller_grid_in_the_same_folder_shows_no_cell_of_the_one_before(
     monkeypatch.setattr(outcome, "DONE", [])
     outcome.add(folder / "1")  # of a command that is killed: which cells it has is not known
     assert [cell.path for cell in find([folder])] == files
+
+
+def test_what_lies_beside_a_single_run_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sweep(tmp_path, grid(ratio=[0.5]))
+    own = folder / "command.json"
+    own.write_text("of somebody else")
+    monkeypatch.setattr(outcome, "DONE", [])
+    outcome.add(folder / "0")
+    assert own.read_text() == "of somebody else"

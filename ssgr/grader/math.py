@@ -41,9 +41,8 @@ _BETWEEN = re.compile(  # a word, where only and, or, units and signs part the b
 _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is there
     r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
 )
-_STOP = re.compile(
-    r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})"
-)  # a full stop at the end of what is in braces, not of a.m.
+# A full stop at the end of what is in braces, not of a.m.
+_STOP = re.compile(r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})")
 _BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
 _LETTER = re.compile(
     r"\d([A-Za-z])\s*\$?\s*$"

@@ -135,9 +135,8 @@ class ReplaySampler:
         tokenize: Callable[[str], tuple[int, ...]] = lambda text: tuple(
             tokenizer.encode(text, add_special_tokens=False)
         )
-        saved: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = defaultdict(
-            list
-        )  # ids, and how many were drawn
+        # By prompt, of each attempt: its ids, and how many were drawn.
+        saved: dict[tuple[int, ...], list[tuple[tuple[int, ...], int]]] = defaultdict(list)
         odd = 0
         for row in rows:
             if kind is _SGLANG:
