@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
-import tempfile
 import warnings
-from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked workers of `datasets` must not hang
@@ -17,23 +13,18 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of the loading of weights, too
 
 import hydra
-from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from launchers import outcome
+from launchers import outcome, typed
 from ssgr import lean, tracker
 from ssgr.records import RunResult
 from ssgr.store import Store
 from ssgr.sweep import MANIFEST
 
-CONF = Path(__file__).parent / "conf"
-sys.path.append(str(CONF.parent / "launchers"))  # where Hydra finds hydra_plugins
+sys.path.append(str(Path(__file__).parent / "launchers"))  # where Hydra finds hydra_plugins
 _log = logging.getLogger("ssgr")
 
 
@@ -108,93 +99,11 @@ def main(cfg: DictConfig) -> float | None:
         return None
 
 
-def hint(asked: Namespace) -> str:
-    """For each override whose key is in no config, and a config that is not there: where it was looked for, and what there is."""
-    out = [f"{o}: type $HOME in place of ~, which the shell leaves alone there." for o in asked.overrides if "=~" in o]
-    name = asked.config_name
-    if name not in (None, "config", "config.yaml") and not (asked.config_path or asked.config_dir):
-        out.append(f"--config-name={name}: {CONF.name} has config.yaml alone. Leave it out, or type experiment=NAME.")
-    for key in (o.split("=")[0].lstrip("+~") for o in asked.overrides if "=" in o):
-        if key.startswith("hydra"):
-            continue
-        out += _of_another(key, asked.overrides)
-        group, _, rest = key.partition(".")
-        files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
-        names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}
-        if not rest:
-            names |= {path.name for path in CONF.iterdir() if path.is_dir()}
-        elif not files:
-            names = set(OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), group) or ())
-        wanted = rest.split(".")[0] if rest else group.split("@")[0]
-        if names and wanted not in names:
-            place = f"config group {group}" if files and rest else group if rest else "the top level"
-            near = difflib.get_close_matches(wanted, names, 1)
-            meant = f"; did you mean {near[0]}?" if near else "."
-            out.append(f"{key}: {place} has no {wanted}{meant} Valid are {', '.join(sorted(names))}.")
-    return "\n".join(out)
-
-
-def _of_another(key: str, overrides: list[str]) -> list[str]:
-    """Of an option that the choice of its group lacks, those that have it: Hydra advises to append it, which leads nowhere."""
-    group = key.partition(".")[0]
-    names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
-    with suppress(HydraException, OmegaConfBaseException), initialize_config_dir(str(CONF), version_base="1.3"):
-        if key != group and names and not _has([o for o in overrides if o.split("=")[0] in (group, "experiment")], key):
-            have = "|".join(name for name in names if _has([f"{group}={name}"], key))
-            return [f"{key} is an option of {group}={have}: choose one of these for it."] if have else []
-    return []
-
-
-def _has(overrides: list[str], key: str) -> bool:
-    """Whether what these overrides compose has an option of this name."""
-    place, _, name = key.rpartition(".")
-    node = OmegaConf.select(compose("config", overrides), place)
-    return isinstance(node, DictConfig) and (name in node or OmegaConf.is_missing(node, name))
-
-
-def check(asked: Namespace) -> None:
-    """See that the output folder can be written, before Hydra fails on it with a traceback, and that one experiment is asked for.
-
-    Raises:
-        ValueError: it cannot, or several are; the message names it.
-    """
-    if any((asked.help, asked.hydra_help, asked.cfg, asked.info, asked.shell_completion)):
-        return  # nothing is run
-    try:
-        overrides = OverridesParser.create().parse_overrides(asked.overrides)
-    except HydraException:
-        return  # Hydra says what it cannot read
-    if any(one.key_or_group == "experiment" and one.is_sweep_override() for one in overrides):
-        # Hydra reads the axes of a sweep before it chooses among values: each would be one cell without any
-        raise ValueError(
-            "each experiment is a sweep with axes of its own: give one command for each, with experiment=NAME"
-        )
-    given = {one.key_or_group: one.value() for one in overrides}
-    for group in (one.key_or_group for one in overrides if not one.is_delete()):
-        if (CONF / group).is_dir() and isinstance(given[group], int | float | dict | None):  # Hydra fails on it
-            files = (CONF / group).rglob("*.yaml")
-            names = ", ".join(sorted(str(file.relative_to(CONF / group).with_suffix("")) for file in files))
-            raise ValueError(f"{group} is the name of a choice: type {group}=NAME, of {names}")
-    places = {key: str(given[key]) for key in ("hydra.run.dir", "hydra.sweep.dir") if key in given}
-    for option, value in (places or {"hydra.run.dir": "outputs"}).items():
-        folder = Path(value.split("${")[0])
-        if folder.parts[:1] == ("~",):
-            raise ValueError(f"{option}={value}: type $HOME in place of ~, which Hydra takes for the name of a folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"the output folder {folder} cannot be written ({error.strerror}): choose another with {option}=DIR"
-            ) from error
-
-
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", message="Defaults list is missing `_self_`")
     asked = get_args_parser().parse_args()
     try:
-        check(asked)
+        typed.check(asked)
     except ValueError as error:
         sys.exit(f"[ERROR] {error}")
     try:
@@ -204,7 +113,7 @@ if __name__ == "__main__":
         sys.exit(130)  # as shells say of what Ctrl-C ended
     except SystemExit as stop:  # Hydra could not compose the config, and said so
         if stop.code == 1 and not outcome.DONE and not outcome.FAILED:
-            print(hint(asked), file=sys.stderr)
+            print(typed.hint(asked), file=sys.stderr)
         raise
     finally:
         outcome.finish()

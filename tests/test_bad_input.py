@@ -162,6 +162,10 @@ def test_two_experiments_are_two_commands(run: Run) -> None:
     told(run, ["-m", "experiment=length,difficulty"], ["each experiment is a sweep", "one command for each"])
 
 
+def test_the_config_of_a_sweep_is_that_of_each_cell(run: Run) -> None:
+    told(run, ["-m", "pruner=wanda,ria", "--cfg", "job"], ["--cfg shows the config of one cell: leave out -m"])
+
+
 def test_a_config_that_is_not_there(run: Run) -> None:
     done = run("--config-name=foo")
     assert done.returncode == 1 and "--config-name=foo: conf has config.yaml alone. Leave it out" in done.stderr
