@@ -62,9 +62,10 @@ class Flow:
 
     def walk(self) -> None:
         """Every stage, each after what it needs."""
+        chosen = self.selected()  # first, as it is what most often fails: on filters, bins and budgets
         for bench in self.x.benches:
             self.evaluated("dense", bench, None)
-        pruned = self.pruned(self.selected())
+        pruned = self.pruned(chosen)
         for bench in self.x.benches:
             self.evaluated("pruned", bench, pruned)
 

@@ -36,11 +36,11 @@ def cell(source: str, pruner: str, parts: int = 1) -> list[Planned]:
         )
         return [*some, Planned(name, "sample", key, (*needs, *(one.key for one in some)))]
 
-    out = sampled("sample_dense.b", "s-dense")
+    out = [*sampled("sample", "s"), Planned("grade", "grade", "g", ("s",))]
+    out += [Planned("select", "select", f"sel-{source}", ("g",))]
+    out += sampled("sample_dense.b", "s-dense")
     out += [Planned("grade_dense.b", "grade", "g-dense", ("s-dense",))]
     out += [Planned("evaluate_dense.b", "evaluate", "e-dense", ("g-dense",))]
-    out += [*sampled("sample", "s"), Planned("grade", "grade", "g", ("s",))]
-    out += [Planned("select", "select", f"sel-{source}", ("g",))]
     own = f"{source}-{pruner}"
     out += [
         Planned("prune", "prune", f"p-{own}", (f"sel-{source}",)),
@@ -126,7 +126,7 @@ def test_what_only_finished_stages_need_is_not_made_again() -> None:
 def test_small_stages_go_on_in_the_job_of_what_they_read() -> None:
     graph = grid(1, 1)
     assert [task.keys for task in todo(graph)] == [
-        ("s-dense", "g-dense", "e-dense"), ("s", "g"), ("sel-c0",), ("p-c0-w0",), ("s-c0-w0", "g-c0-w0", "e-c0-w0"),
+        ("s", "g"), ("sel-c0",), ("s-dense", "g-dense", "e-dense"), ("p-c0-w0",), ("s-c0-w0", "g-c0-w0", "e-c0-w0"),
     ]  # fmt: skip
     assert all(len(task.keys) == 1 for task in todo(graph, fold={}))
 

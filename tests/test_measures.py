@@ -276,6 +276,19 @@ def test_grading_again_samples_and_prunes_nothing(bench: str, tmp_path: Path) ->
     assert {stage for stage, _ in keys("+grader@bench.grader=math") - keys()} == {"grade", "evaluate"}
 
 
+def test_the_rows_are_selected_before_the_dense_model_is_evaluated(tmp_path: Path) -> None:
+    """What is wrong with filters, bins and the budget is told before hours of work that do not need them."""
+    stages = [one.stage for one in pipeline.plan(build("bench=smoke", "device=cpu"), Store(tmp_path))]
+    assert stages == [
+        "sample",
+        "grade",
+        "select",
+        *["sample", "grade", "evaluate"],
+        "prune",
+        *["sample", "grade", "evaluate"],
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "heeded"),
     [
