@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,14 +12,9 @@ from typing import Any
 
 from ssgr import prose
 from ssgr.errors import first_line
-from ssgr.files import json_lines, json_rows, lines, parquet_rows
+from ssgr.files import ROWS, lines
 
 PROSE = "prose"  # the name that means generated prose
-_ROWS: dict[str, Callable[[Path], Iterable[tuple[int, Any]]]] = {
-    ".jsonl": json_lines,
-    ".json": json_rows,
-    ".parquet": parquet_rows,
-}  # of files that hold a document a row; all others are texts
 
 
 class _NoColumn(ValueError):
@@ -71,7 +66,7 @@ class Text:
         path = Path(self.name).expanduser()
         if self.name == PROSE:
             return "\n\n".join(islice(_prose(random.Random("prose/whole")), most))
-        if path.is_file() and path.suffix not in _ROWS:
+        if path.is_file() and path.suffix not in ROWS:
             return _text(path)
         return "\n\n".join(_file_documents(path, self.column) if path.is_file() else self._dataset(None))
 
@@ -106,10 +101,10 @@ def _prose(rng: random.Random) -> Iterable[str]:
 
 
 def _file_documents(path: Path, column: str) -> Iterable[str]:
-    if path.suffix not in _ROWS:
+    if path.suffix not in ROWS:
         yield from (part for part in _text(path).split("\n\n") if part.strip())
         return
-    for number, row in _ROWS[path.suffix](path):
+    for number, row in ROWS[path.suffix](path):
         if not isinstance(row, dict) or column not in row:
             there = f"it has {', '.join(row)}" if isinstance(row, dict) else "it is no JSON object"
             raise ValueError(f"{path.name}, row {number}: no column {column!r}; {there}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -76,8 +77,10 @@ def test_rows_are_no_text_whatever_their_file_is_called(tmp_path: Path) -> None:
     (tmp_path / "c4.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "array.json").write_text(json.dumps(rows))
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "c4.parquet")
-    texts = [Text(str(file), "calib.text") for file in tmp_path.iterdir()]
-    assert len(texts) == 4 and all(list(text.documents(0)) == documents for text in texts)
+    with open(tmp_path / "c4.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("text", "url"), *(row.values() for row in rows)])
+    texts = [Text(str(one), "calib.text") for one in tmp_path.iterdir()]
+    assert len(texts) == 5 and all(list(text.documents(0)) == documents for text in texts)
     assert {text.whole(1) for text in texts} == {"\n\n".join(documents)}
 
 

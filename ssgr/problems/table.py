@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import logging
 import random
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ssgr.errors import first_line
-from ssgr.files import json_lines, json_rows, lines, parquet_rows
+from ssgr.files import ROWS, json_lines
 from ssgr.problems import Split, checked
 from ssgr.records import Problem
 
@@ -224,32 +223,11 @@ def _problems(files: Sequence[Path], columns: Columns) -> Iterable[Problem]:
     before = 0
     for path in files:
         number = 0
-        for number, row in _READ.get(path.suffix, json_lines)(path):
+        for number, row in ROWS.get(path.suffix, json_lines)(path):
             if not isinstance(row, dict):
                 raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
             yield columns.problem(row, number, path.name, before)
         before += number
-
-
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Rows of text, as it was written; an empty cell is None."""
-    table = csv.DictReader((line.removeprefix("\ufeff") for _, line in lines(path)), strict=True)
-    number = 0
-    try:
-        for number, row in enumerate(table, 1):
-            if None in row:
-                raise ValueError(f"{path.name}, row {number}: more cells than columns; put cells with commas in quotes")
-            yield number, {name: cell or None for name, cell in row.items()}
-    except csv.Error as error:
-        raise ValueError(f"{path.name}, row {number + 1}: not CSV ({error})") from error
-
-
-_READ: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
-    ".csv": _csv,
-    ".parquet": parquet_rows,
-    ".json": json_rows,
-    ".jsonl": json_lines,
-}  # what `datasets` would read, whose guesses change answers
 
 
 def _of_split(problems: Iterable[Problem], split: Split, own: bool) -> Iterator[Problem]:
@@ -325,7 +303,7 @@ class HubProblems:
             return []
         config = datasets.load_dataset_builder(self.path, self.subset, revision=self.revision).config
         files = [Path(file) for file in (config.data_files or {}).get(part, ())]
-        return files if all(file.suffix in _READ and file.is_file() for file in files) else []
+        return files if all(file.suffix in ROWS and file.is_file() for file in files) else []
 
 
 @dataclass(frozen=True)
