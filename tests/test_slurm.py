@@ -189,9 +189,9 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     driver.wait()
     before = [one for one in grid.records if one.job is not None]
     said = grid.submit(*limit)
-    made = {key for _, key in manifests(tmp_path / "store")}
+    there = {key for _, key in manifests(tmp_path / "store")}
     joined = "stages are made by jobs that were there before" in said or "nothing was left" in said
-    assert joined or made.issuperset(key for one in before for keys in one.tasks for key in keys), said
+    assert joined or there.issuperset(key for one in before for keys in one.tasks for key in keys), said
     assert len(before) >= 3
     assert "nothing was left to submit" in grid.submit(*limit)
     grid.wait()
@@ -201,7 +201,10 @@ def test_a_grid_of_24_cells_runs_each_stage_once_though_its_driver_is_killed(tmp
     # magnitude listens to no source, and text has no prompts and responses to tell apart
     assert Counter(stage.kind for stage in stages.values())["prune"] == 3 + (1 + 2) * 3
     made = Counter(key for one in grid.records for keys in one.tasks for key in keys)
-    assert made == Counter(stages.keys())  # nothing was submitted twice
+    assert set(made.values()) == {1} and made.keys() <= stages.keys()  # nothing was submitted twice
+    assert there.issuperset(
+        stages.keys() - made.keys()
+    )  # jobs that had ended before the driver was killed over their id
     assert all(len(one.tasks) <= 5 for one in grid.records)
     jobs = [one.id(i) for one in grid.records for i in range(len(one.tasks))]
     until(lambda: all(accounted(jobs).get(job, [""])[-1] == "COMPLETED" for job in jobs), 60)  # it lags
