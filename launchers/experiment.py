@@ -97,7 +97,7 @@ def _check(node: str, config: Any) -> None:
     for name, value in config.items():
         at = f"{node}.{name}"
         _check(at, value)
-        if name in _GROUPS and isinstance(value, str):
+        if name in _GROUPS and not isinstance(value, dict | None):
             raise ValueError(f"{at}={value}: {name} is a group of settings; type +{name}@{at}={value}")
         if at.endswith(_NODES) and not isinstance(value, dict):
             raise _no_node(at, value)

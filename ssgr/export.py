@@ -210,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{len(files)} models written:", *files, sep="\n  ")
+    print(f"results of {len({file.parent for file in files})} models written:", *files, sep="\n  ")
     return 0
 
 

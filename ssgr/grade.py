@@ -117,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(
                 f"{args.output} is a folder; give the JSONL file to write, such as {args.output / 'OUT.jsonl'}"
             )
+        if not args.output.parent.is_dir():
+            raise ValueError(f"{args.output}: there is no folder {args.output.parent}; make it, or give another file")
         if args.output.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the file that is graded, and would be lost; give another to write")
         limits = (args.seconds, args.memory_gib, args.workers)

@@ -120,7 +120,7 @@ def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context or budget.max_row_tokens <= context:
         return budget
-    _log.warning("budget.max_row_tokens=%d is cut to the model's context of %d", budget.max_row_tokens, context)
+    _log.info("budget.max_row_tokens=%d is cut to the model's context of %d", budget.max_row_tokens, context)
     return dataclasses.replace(budget, max_row_tokens=context)
 
 

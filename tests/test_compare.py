@@ -209,7 +209,7 @@ def test_what_has_no_common_mean_is_apart_or_refused(
         compare(cells, by=["calib"])
     assert main([str(tmp_path), "--by", "calib"]) == 1
     assert f"--by calib,{field}" in capsys.readouterr().err
-    assert main([str(tmp_path), "--by", f"calib,{field}"]) == 0
+    assert main([str(tmp_path), "--by", f"calib, {field}"]) == 0
 
 
 def test_a_mean_over_settings_needs_all_of_them_in_every_draw(tmp_path: Path) -> None:

@@ -157,6 +157,11 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
             ["+bench.grader=math"],
             r"^bench\.grader=math: grader is a group of settings; type \+grader@bench\.grader=math$",
         ),
+        (["+bench.grader=3"], r"^bench\.grader=3: grader is a group of settings"),
+        (
+            ["bench=perplexity_traces", "bench.traces=3"],
+            r"^bench\.traces=3: it is a benchmark; type bench@bench\.traces=",
+        ),
         (["bench.problems=gsm8k_train"], r"; type \+problems@bench\.problems=gsm8k_train$"),
         (["bench=suite/smoke", "+bench.benches.smoke.grader=math"], r"\+grader@bench\.benches\.smoke\.grader=math$"),
     ],
@@ -171,6 +176,7 @@ def test_a_setting_is_of_the_kind_that_its_class_says(overrides: list[str], said
     "overrides",
     [
         ["+grader@bench.grader=math", "bench.name='3'", "sampler.decoding.temperature=1"],
+        ["bench=perplexity_traces", "bench@bench.traces=gsm8k"],
         ["+problems@bench.problems=gsm8k_train", "model.trust_remote_code=True"],
         ["bench=suite/smoke", "bench.decoding.temperature=1", "bench.decoding.top_p=null"],
         ["bench=suite/smoke", "+grader@bench.benches.smoke.grader=math", "budget.tokens=null", "budget.rows=8"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,9 @@ def test_score_counts() -> None:
     assert found.maj_at_k == 0.75
     assert (found.mean_tokens, found.tokens_per_second) == (15, 50)
     assert found.by_level == {"1": 0.75}
+    without = [replace(one, level=None) for one in attempts]
+    assert score("x", without, 2.0, 100).by_level == {}
+    assert score("x", [*without[:2], *attempts[2:]], 2.0, 100).by_level == {"1": 1.0}, "level None is none"
 
 
 def test_how_responses_end_is_told() -> None:

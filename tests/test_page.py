@@ -23,6 +23,7 @@ from ssgr.records import Text
 from ssgr.report import compare, figures, page, ran, table, traces
 from ssgr.report.__main__ import main
 from ssgr.report.cells import find, read
+from ssgr.report.groups import groups
 from ssgr.tracker import content as tracked
 from tests.sweeps import grid, store, sweep
 
@@ -325,6 +326,7 @@ def test_perplexity_alone_has_a_page(tmp_path: Path) -> None:
             tables.write_items(at, [Item(str(i), 2.0 + i / 10, 10) for i in range(5)])
     content = built(folder)
     assert "perplexity (lower is better)" in content and "measured without answers" in content
+    assert "Paired by item" in content and "problems" not in page.table(groups(find([folder]))[0])["columns"]
 
 
 def test_an_older_record_is_named_and_the_rest_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

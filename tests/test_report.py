@@ -125,6 +125,17 @@ def test_choices_of_a_group_without_a_column_of_its_own_are_told_apart(
     assert {one.fields[column] for one in find([tmp_path])} == {first[own], other[own]}
 
 
+def test_dense_rows_say_what_tells_them_apart(tmp_path: Path) -> None:
+    for cap in (256, 512):
+        cell(tmp_path / str(cap), [True], bench__decoding={"max_new_tokens": cap, "seed": 0})
+        file = tmp_path / str(cap) / "result.json"
+        result = json.loads(file.read_text())
+        result["keys"]["evaluate_dense.held_out"] = f"dense at {cap}"
+        file.write_text(json.dumps(result))
+    dense = [row for row in table.rows(find([tmp_path])) if row["calib"] == "dense"]
+    assert [row["bench.decoding.max_new_tokens"] for row in dense] == ["256", "512"]
+
+
 def test_a_mark_says_that_the_grader_failed(tmp_path: Path) -> None:
     for draw in (0, 1):
         cell(tmp_path / str(draw), [True], calib__draw=draw)

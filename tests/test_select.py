@@ -192,6 +192,19 @@ def test_selection_reads_no_ids_but_of_what_it_drew(
     assert tables.with_ids(light, file) == whole and whole.held_out
 
 
+def test_that_no_row_is_left_to_hold_out_is_told(
+    caplog: pytest.LogCaptureFixture, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    material = Material(tokenizer, lambda question: (), [], pool(), 500, 45, TINY.thinking)
+    source, policy = OwnTraces("self", 0, "right"), Policy(ANY, EVERY, "none")
+    right = len(fit_rows(source.candidates(material, policy), Budget(None, 1, 45)).rows)
+    for rows, held_out in ((right, 0.0), (2, 0.9)):
+        select.select(source, material, policy, Budget(None, rows, 45, held_out=held_out))
+        assert not caplog.text
+    select.select(source, material, policy, Budget(None, right, 45, held_out=0.2))
+    assert "calib=self: no row is left to hold out" in caplog.text
+
+
 def test_rows_that_repeat_another_are_counted_and_told_of(caplog: pytest.LogCaptureFixture) -> None:
     own = (Row((1, 2), 1, "a#0"), Row((1, 2), 1, "a#1"), Row((1, 2), 1, "a#2"), Row((1, 3), 1, "b#0"))
     chosen = CalibrationSet("self", own, (), (), 8)

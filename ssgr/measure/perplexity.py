@@ -41,6 +41,10 @@ class Perplexity:
     def __post_init__(self) -> None:
         if (self.text is None) == (self.traces is None):
             raise ValueError("bench.text and bench.traces: give one of them, a text or a benchmark")
+        if isinstance(self.traces, str | int | float | list):
+            raise ValueError(
+                f"bench.traces={self.traces}: it is a benchmark; type bench@bench.traces=NAME, of bench=perplexity_traces"
+            )
         for name, value in (("window", self.window), ("windows", self.windows)):
             if value is not None and (not isinstance(value, int) or value < 1 + (name == "window")):
                 raise ValueError(f"bench.{name}={value}: give a whole number, at least {1 + (name == 'window')}")

@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         if args.html or args.figures:
             return _page(args, holes)
         cells = find(args.paths)
-        by = args.by.split(",") if args.by else None
+        by = [name.strip() for name in args.by.split(",")] if args.by else None
         content = table.means(cells, by, args.against) if by or args.against else table.rows(cells)
         if args.wandb:
             print(_sent(args, cells, content))

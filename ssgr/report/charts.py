@@ -77,8 +77,8 @@ def differences(group: Group) -> Figure | Absent:
     height = alt.Step(16 if group.control else 22)
     drawn = (zero + bars + points).properties(width="container", height=height)
     caption = (
-        "Paired by problem, draw and seed; p after Holm's correction over all differences of this figure to the same model. "
-        f"A cross marks what is not told apart from zero. {said(group)}"
+        f"Paired by {group.unit}, draw and seed; p after Holm's correction over all differences of this figure to the same "
+        f"model. A cross marks what is not told apart from zero. {said(group)}"
     )
     return figure(name_of(group, "differences"), "Paired differences", caption, rows, drawn, wide=True)
 
@@ -143,5 +143,5 @@ def heat(group: Group) -> Figure | Absent | None:
     drawn = alt.layer(squares, *texts).properties(width=alt.Step(112), height=alt.Step(62))
     drawn = drawn.facet(facet=alt.Facet("panel:N", title=None, sort=fit[:PANELS]), columns=2)
     more = f" {len(fit) - PANELS} more panels are in the leaderboard." if len(fit) > PANELS else ""
-    caption = f"In each square the mean, its interval, and draws × seeds × problems. {said(group)}{more}"
+    caption = f"In each square the mean, its interval, and draws × seeds × {group.unit}s. {said(group)}{more}"
     return figure(name_of(group, "heat"), title, caption, rows, drawn, wide=len({row["length"] for row in rows}) > 2)

@@ -41,7 +41,7 @@ def said(group: Group) -> str:
     """What every caption of a group ends with: of what its means are, and what is mixed in it."""
     out = f"{group.title}; 95 % intervals over {group.repeats}."
     if group.trouble:
-        out = f"{group.title}; one draw each, 95 % intervals over problems."
+        out = f"{group.title}; one draw each, 95 % intervals over {group.unit}s."
     if len(group.budgets) > 1:
         out += f" Budgets differ ({', '.join(group.budgets)} tokens) and are told apart."
     return out

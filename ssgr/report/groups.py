@@ -66,8 +66,13 @@ class Group:
     @property
     def repeats(self) -> str:
         """Over how many draws and seeds the means are."""
-        ranges = (_range([row[name] for row in self.pruned], name) for name in ("draw", "seed", "problem"))
-        return ", ".join(ranges)
+        named = {"draw": "draw", "seed": "seed", "problem": self.unit}
+        return ", ".join(_range([row[name] for row in self.pruned], told) for name, told in named.items())
+
+    @property
+    def unit(self) -> str:
+        """What a benchmark is made of: problems where it is sampled, else items (windows of a text, documents of a task)."""
+        return "problem" if self.metric == "accuracy" else "item"
 
 
 def _range(counts: Sequence[int], name: str) -> str:

@@ -183,7 +183,7 @@ def table(group: Group) -> dict[str, Any]:
     fields = [name for name in group.cells[0].fields if name in ("calib", "pruner", *fields)]
     columns = [
         *fields, metric_title(group), "minus dense", *(["minus matched"] if group.control else []), "tokens", "cut",
-        "looping", "zeros", "draws × seeds", "problems",
+        "looping", "zeros", "draws × seeds", f"{group.unit}s",
     ]  # fmt: skip
     rows = []
     for row in group.records:

@@ -22,6 +22,7 @@ Rows = list[dict[str, str]]
 UNSURE = " ~"  # beside a difference that proves nothing
 _LOOK = " !"  # beside what tells of the cap or of the grader rather than of the model
 NOTE = "~ the 95 % interval holds zero, or p is 0.05 or more after Holm's correction over the differences of its column"
+_DENSE = ("model", "problems", "grader", "bench", "seed")  # fields that the dense model's score may depend on
 CELL_NOTE = "~ the 95 % interval holds zero"
 
 
@@ -34,7 +35,7 @@ def rows(cells: Sequence[Cell]) -> Rows:
         dense = cell.score["dense"]
         if (key := cell.key("dense")) not in seen:
             seen.add(key)
-            names = {f: cell.fields[f] if f in ("model", "bench", "seed") else "" for f in shown}
+            names = {f: cell.fields[f] if f.startswith(_DENSE) else "" for f in shown}
             out.append({**names, "calib": "dense", "pruner": "", **_score(dense), "difference to dense": "",
                         "sparsity realised": "0 %", "seconds": f"{dense['seconds']:.0f}"})  # fmt: skip
     for cell in cells:

@@ -21,7 +21,7 @@ from ssgr.sampler import Decoding, Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 7
+VERSION = 8
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same
@@ -173,7 +173,8 @@ def score(bench: str, attempts: Sequence[Outcome], seconds: float, drawn: int) -
     tokens = sum(o.tokens for o in attempts)
     levels: dict[str, list[float]] = defaultdict(list)
     for o in attempts:
-        levels[str(o.level)].append(float(o.verdict is Verdict.RIGHT))
+        if o.level is not None:
+            levels[str(o.level)].append(float(o.verdict is Verdict.RIGHT))
     return Score(
         bench=bench,
         problems=len(groups),

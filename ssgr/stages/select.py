@@ -40,7 +40,14 @@ def select(source: Source, material: Material, policy: Policy, budget: Budget) -
         )  # fmt: skip
     funnel = (*candidates.funnel, ("drawn", len(rows)))
     rows = tuple(sorted(rows, key=_by_id))
-    held_out = tuple(sorted(left_over(candidates, rows, round(budget.held_out * realised), source.draw), key=_by_id))
+    spare = round(budget.held_out * realised)
+    held_out = tuple(sorted(left_over(candidates, rows, spare, source.draw), key=_by_id))
+    if spare and not held_out:
+        _log.warning(
+            "calib=%s: no row is left to hold out, so errors are told on the calibration rows alone; give more problems or "
+            "attempts, a smaller budget, or budget.held_out=0",
+            source.name,
+        )  # fmt: skip
     weights = tuple((1.0,) * len(row) for row in rows)
     return CalibrationSet(source.name, rows, weights, funnel, asked, "scope" in source.uses, held_out)
 
