@@ -163,7 +163,7 @@ def test_two_experiments_are_two_commands(run: Run) -> None:
 
 
 def test_the_config_of_a_sweep_is_that_of_each_cell(run: Run) -> None:
-    told(run, ["-m", "pruner=wanda,ria", "--cfg", "job"], ["--cfg shows the config of one cell: leave out -m"])
+    told(run, ["--cfg", "job", "-m", "pruner=wanda,ria"], ["--cfg shows the config of one cell: leave out -m"])
 
 
 def test_a_config_that_is_not_there(run: Run) -> None:
