@@ -18,6 +18,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ssgr import tables
+from ssgr.report.__main__ import main
 from tests.conftest import ROOT, SMALL, Run
 
 SCHEMA = {
@@ -80,7 +81,9 @@ def test_one_run_and_again(run: Run, tmp_path: Path) -> None:
 def test_a_dense_grid_collects_once(run: Run, tmp_path: Path) -> None:
     """Pruners, sparsities, mixtures and allocations of one calibration read the same statistics."""
     axes = ("pruner=wanda,sparsegpt", "scope=both,response", "allocation=owl,uniform")
-    done = run("-m", "calib=self", "propagate=dense", "bins=difficulty_length", "bench=smoke", *axes)
+    text = ("bench=perplexity", "bench.text=prose", "bench.window=64", "bench.windows=8")
+    small = [setting for setting in SMALL if not setting.startswith("bench.")]
+    done = run("-m", "calib=self", "propagate=dense", "bins=difficulty_length", *text, *axes, *small, small=False)
     assert done.returncode == 0, done.stderr
     cells = [result(tmp_path / "sweep" / str(i)) for i in range(8)]
     assert len({cell["keys"]["collect"] for cell in cells}) == 1
@@ -107,7 +110,7 @@ def test_owl_collects_norms_beside_the_pruned_propagation(run: Run, tmp_path: Pa
     )
 
 
-def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
+def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = run("-m", "calib=corpus,ssgr,matched", "pruner=magnitude,wanda", "difficulty=any", "length=medium")
     assert done.returncode == 0, done.stderr
     cells = [result(tmp_path / "sweep" / str(i)) for i in range(6)]
@@ -126,16 +129,18 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
     page = (tmp_path / "sweep" / "report.html").read_text()
     assert "calib=corpus,ssgr,matched pruner=magnitude,wanda" in page and "tiny on held_out" in page
 
+    def report(*arguments: str, status: int = 0) -> str:
+        assert main([str(tmp_path / "sweep"), *arguments]) == status
+        return "".join(capsys.readouterr())
+
     for form, mark in (("text", "│"), ("markdown", "| --- |"), ("csv", "calib,")):
-        command = [sys.executable, "-m", "ssgr.report", str(tmp_path / "sweep"), "--format", form]
-        report = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        assert mark in report.stdout and "matched" in report.stdout
-        assert len([line for line in report.stdout.splitlines() if "wanda" in line]) == 3
-    command = [sys.executable, "-m", "ssgr.report", str(tmp_path / "sweep"), "--format", "csv", "--by", "calib,pruner"]
-    report = subprocess.run(
-        [*command, "--against", "calib=matched"], capture_output=True, text=True, cwd=ROOT, check=True
-    )
-    gaps = {(row["calib"], row["pruner"]): row for row in csv.DictReader(io.StringIO(report.stdout))}
+        told = report("--format", form)
+        assert mark in told and "matched" in told
+        assert len([line for line in told.splitlines() if "wanda" in line]) == 3
+    by_pruner = ("--format", "csv", "--by", "calib,pruner", "--against")
+    gaps = {
+        (row["calib"], row["pruner"]): row for row in csv.DictReader(io.StringIO(report(*by_pruner, "calib=matched")))
+    }
     assert gaps["matched", "wanda"]["minus calib=matched"] == ""
     assert gaps["corpus", "magnitude"]["minus calib=matched"].startswith("+0.000")  # the same checkpoint
     parted = (
@@ -144,8 +149,7 @@ def test_a_sweep_shares_every_common_stage(run: Run, tmp_path: Path) -> None:
     )
     assert gaps["corpus", "wanda"]["minus calib=matched"].startswith(f"{parted:+.3f}")
     for wrong, answer in (("calib=self", "calib here is corpus, matched, ssgr"), ("kalib=self", "no such field")):
-        failed = subprocess.run([*command, "--against", wrong], capture_output=True, text=True, cwd=ROOT)
-        assert failed.returncode == 1 and answer in failed.stderr
+        assert answer in report(*by_pruner, wrong, status=1)
 
 
 @pytest.mark.slow
