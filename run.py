@@ -35,7 +35,7 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     from ssgr import pipeline, results
 
     own = HydraConfig.get()
-    if own.mode == RunMode.RUN and any(o.startswith("hydra/launcher=") for o in own.overrides.hydra):
+    if _alone() and any(o.startswith("hydra/launcher=") for o in own.overrides.hydra):
         raise ValueError("hydra/launcher launches sweeps alone, and this is a single run, here: type -m before it")
     folder = Path(own.runtime.output_dir)
     sweep = Path(own.sweep.dir) if own.mode == RunMode.MULTIRUN else folder
@@ -90,13 +90,18 @@ def main(cfg: DictConfig) -> float | None:
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        outcome.FAILED.append(f"{label()}: {error}")
+        outcome.fail(f"{label()}: {error}", _alone())
         _log.error("%s", error)
         return None
     except Exception as error:  # a bug of ours: say so in full, and let the other cells go on
-        outcome.FAILED.append(f"{label()}: {type(error).__name__}: {error}")
+        outcome.fail(f"{label()}: {type(error).__name__}: {error}", _alone())
         _log.exception("this should not happen; please report it")
         return None
+
+
+def _alone() -> bool:
+    """Whether this is a single run."""
+    return bool(HydraConfig.get().mode == RunMode.RUN)
 
 
 if __name__ == "__main__":

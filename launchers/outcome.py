@@ -16,6 +16,7 @@ from ssgr.sweep import COMMAND, MANIFEST, code
 
 DONE: list[Cell] = []
 FAILED: list[str] = []
+_SHOWN: set[str] = set()  # of those that failed, what is not said again
 _BEGAN = datetime.now(UTC).isoformat(timespec="seconds")
 _STAGES = [0, 0]  # read from the store, made by this process
 
@@ -27,6 +28,13 @@ def add(folder: Path, read: int = 0, made: int = 0) -> None:
     if _swept(folder.parent) and folder.parent not in _sweeps():  # what is noted there is of an earlier command
         (folder.parent / COMMAND).unlink(missing_ok=True)
     DONE.extend(read_cells(folder / "result.json"))
+
+
+def fail(line: str, shown: bool) -> None:
+    """A cell failed; `shown` says that it was the only one, and that what was said of it stands last."""
+    FAILED.append(line)
+    if shown:
+        _SHOWN.add(line)
 
 
 def value(result: RunResult) -> float:
@@ -50,7 +58,7 @@ def finish() -> None:
             table.show(table.means(cells, against=control), "means over draws and seeds")
     if runs > 1 and any(_STAGES):
         print(f"{runs} cells: {_STAGES[0]} stages read from the store, {_STAGES[1]} made")
-    if FAILED:
+    if set(FAILED) - _SHOWN:
         print(f"{len(FAILED)} of {len(FAILED) + runs} cells failed:", *FAILED, sep="\n  ", file=sys.stderr)
     for folder in _sweeps():
         if _swept(folder):  # a single run has a table
