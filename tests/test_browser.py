@@ -30,6 +30,10 @@ GRID = grid(
     draw=[0, 1],
 )
 SECONDS, MIB = 5, 30  # what the issue asks of a page of 500 cells and 20,000 outcomes
+CUT = """return [...document.querySelectorAll(".chart svg text")].filter((text) => {
+  const [own, all] = [text, text.ownerSVGElement].map((one) => one.getBoundingClientRect());
+  return own.width && (own.right > all.right + 1 || own.left < all.left - 1);
+}).map((text) => text.textContent)"""
 HOSTILE = {
     "script": "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>",
     "closes": "</script><script>window.hit = 3</script></pre></textarea></style><svg onload=window.hit=4>",
@@ -333,7 +337,7 @@ def test_500_cells_and_20_000_outcomes_open_in_time(browser: Any, tmp_path: Path
     ("name", "dark", "width"), [("light", False, 1280), ("dark", True, 1280), ("phone", False, 390)]
 )
 def test_screenshots(name: str, dark: bool, width: int, browser: Any, built: tuple[page.Report, Path]) -> None:
-    """They are looked at by people; here only that nothing reaches over the edge of the screen.
+    """They are looked at by people; here only that nothing reaches over the edge of the screen, and no text over its figure's.
 
     Those of the page that `make paper` leaves, where it is there, are cut off for README.
     """
@@ -346,6 +350,7 @@ def test_screenshots(name: str, dark: bool, width: int, browser: Any, built: tup
             "const root = document.documentElement; return [root.scrollWidth, root.scrollHeight]"
         )
         assert size[0] <= width
+        assert browser.execute_script(CUT) == []
         clip = {"x": 0, "y": 0, "width": width, "height": size[1], "scale": 1}
         if file == PAPER:
             top = browser.execute_script(

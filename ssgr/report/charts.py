@@ -67,7 +67,9 @@ def differences(group: Group) -> Figure | Absent:
     against_ = alt.Color("against:N", title="minus", legend=alt.Legend(orient="top"))
     x = alt.X("low:Q", title=f"difference of {group.metric}{unit}", axis=alt.Axis(tickCount=8))
     bars = chart.mark_rule(strokeWidth=2).encode(x=x, x2="high:Q", color=against_)
-    apart = alt.Scale(domain=["yes", "no, may be zero", "not known"], range=["circle", "cross", "square"])
+    shapes = {"yes": "circle", "no, may be zero": "cross", "not known": "square"}
+    there = [told for told in shapes if any(row["told_apart"] == told for row in rows)]
+    apart = alt.Scale(domain=there, range=[shapes[told] for told in there])
     told_apart = alt.Shape("told_apart:N", title="told apart", legend=alt.Legend(orient="top"), scale=apart)
     points = chart.mark_point(filled=True, size=60, opacity=1).encode(
         x="difference:Q", color=against_, shape=told_apart,

@@ -56,11 +56,15 @@
     const name = figure.dataset.figure;
     const data = content(`data-${name}`);
     const rows = kept.has(name) ? data.rows.filter(kept.get(name)) : data.rows;
-    const spec = { ...data.spec, datasets: { rows } };
     const place = $(".chart", figure);
+    // On a phone a legend is a list, and a label that is too long for it ends in an ellipsis.
+    const listed = (key, value) => key === "legend" && value ? { ...value, columns: 1, labelLimit: place.clientWidth - 85 } : value;
+    const fitted = place.clientWidth < 500 ? JSON.parse(JSON.stringify(data.spec), listed) : data.spec;
+    const spec = { ...fitted, datasets: { rows } };
     if (spec.columns && spec.usermeta?.beside) { // panels: as many and as wide as there is room for
       const room = place.clientWidth;
-      const columns = Math.min(4, Math.max(1, Math.floor(room / (spec.usermeta.beside + 150))));
+      const longest = 6.5 * Math.max(0, ...rows.map((row) => String(row[spec.facet.field]).length)); // pixels of a heading
+      const columns = Math.min(4, Math.max(1, Math.floor(room / Math.max(spec.usermeta.beside + 150, longest + 60))));
       const width = Math.max(110, Math.min(320, Math.floor(room / columns) - spec.usermeta.beside));
       Object.assign(spec, { columns, spec: { ...spec.spec, width } });
     } else if (spec.columns && place.clientWidth < 500) spec.columns = 1;
