@@ -182,6 +182,7 @@ def test_a_cell_that_failed_leaves_a_hole_and_is_no_draw(tmp_path: Path) -> None
     cells = find([tmp_path])
     ssgr = next(c for c in compare(cells, against="calib=matched") if c.names["calib"] == "ssgr")
     assert (ssgr.draws, ssgr.seeds, len(ssgr.cells)) == (3, 2, 5)
+    assert ssgr.missing == 1 and [row["missing"] for row in table.means(cells)].count("1 of 6") == 1
     there = [own for (calib, *at), own in right.items() if calib == "ssgr" and at != [1, 2]]
     assert ssgr.value.mean == pytest.approx(np.mean(there))
 

@@ -101,6 +101,13 @@ def test_doubt_stands_in_words_beside_each_difference_that_may_be_zero(tmp_path:
     assert {row["to_dense_unsure"] for row in found.groups[0].pruned} == {True, False}
 
 
+def test_a_mean_over_fewer_cells_than_draws_times_seeds_says_so(tmp_path: Path) -> None:
+    group = report(sweep(tmp_path, grid(calib=["ssgr", "matched"]))).groups[0]
+    group.pruned[0]["missing"] = 3
+    words = [[doubt for _, _, doubt in row["cells"] if "missing" in doubt] for row in page.table(group)["rows"]]
+    assert words == [[], ["3 missing"], []]
+
+
 def test_the_share_that_the_grader_failed_on_stands_beside_the_accuracy(tmp_path: Path) -> None:
     folder = sweep(tmp_path, [{}])
     assert "the grader failed on" not in built(folder)

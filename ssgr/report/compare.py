@@ -53,7 +53,8 @@ class Comparison:
     """A group of cells that differ in draws and seeds alone, unless `by` asked for a mean over other fields.
 
     `names` are the fields, by their columns, in which the group agrees. `value` and `dense` are in the units that are
-    shown, gaps in those of the paired differences (of perplexities: nats a token).
+    shown, gaps in those of the paired differences (of perplexities: nats a token). `missing` are the combinations of its
+    draws and seeds without a cell, such as one that failed.
     """
 
     names: dict[str, str]
@@ -61,6 +62,7 @@ class Comparison:
     metric: str
     draws: int
     seeds: int
+    missing: int
     problems: int
     value: Estimate
     dense: Estimate
@@ -118,6 +120,7 @@ def compare(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str
             metric=group[0].metric,
             draws=own.pruned.shape[0],
             seeds=own.pruned.shape[1],
+            missing=int(np.isnan(own.pruned[..., 0]).sum()),
             problems=own.pruned.shape[2],
             value=_estimate(group, "pruned", own.pruned, pruned[i]),
             dense=_estimate(group, "dense", own.dense, dense[i]),

@@ -163,7 +163,7 @@ def _compared(one: Comparison, varied: Sequence[str]) -> dict[str, Any]:
         **_numbers("", one.value.mean, one.value.ci95),
         **_gap("to_dense", one.to_dense),
         **(_gap("to_control", one.to_control) if one.to_control else {}),
-        "draw": one.draws, "seed": one.seeds, "problem": one.problems,
+        "draw": one.draws, "seed": one.seeds, "missing": one.missing, "problem": one.problems,
         **_means([c.score["pruned"] for c in one.cells]),
         **_sparsity(one.cells),
     }  # fmt: skip

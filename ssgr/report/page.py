@@ -197,7 +197,7 @@ def table(group: Group) -> dict[str, Any]:
             (_shown(row.get("cut"), ".1%"), row.get("cut", ""), ""),
             (_shown(row.get("looping"), ".1%"), row.get("looping", ""), ""),
             (_shown(row["sparsity_realised"], ".1%"), row["sparsity_realised"], ""),
-            (f"{row['draw']} × {row['seed']}", row["draw"] * row["seed"], ""),
+            (f"{row['draw']} × {row['seed']}", row["draw"] * row["seed"], _lack(row)),
             (str(row["problem"]), row["problem"], ""),
         ]
         rows.append({"label": row["label"], "kind": row["kind"], "cells": cells})
@@ -223,6 +223,11 @@ def _interval(row: dict[str, Any], name: str, signed: bool) -> str:
 def _doubt(row: dict[str, Any], name: str) -> str:
     """The words beside a difference that may be zero."""
     return "not told apart" if row.get(f"{name}_unsure") else ""
+
+
+def _lack(row: dict[str, Any]) -> str:
+    """The words beside draws and seeds of which cells are missing."""
+    return f"{row['missing']} missing" if row.get("missing") else ""
 
 
 def _own(name: str) -> str:

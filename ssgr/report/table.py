@@ -92,6 +92,7 @@ def means(cells: Sequence[Cell], by: Sequence[str] | None = None, against: str |
                 **found.names,
                 "draws": str(found.draws),
                 "seeds": str(found.seeds),
+                **({"missing": f"{found.missing} of {found.draws * found.seeds}"} if found.missing else {}),
                 found.metric: _interval(found.value.mean, found.value.ci95) + _failed(*scores),
                 "deviation of draws": _deviation(found),
                 "difference to dense": _gap(found.to_dense, unit),
