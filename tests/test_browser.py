@@ -34,6 +34,10 @@ CUT = """return [...document.querySelectorAll(".chart svg text")].filter((text) 
   const [own, all] = [text, text.ownerSVGElement].map((one) => one.getBoundingClientRect());
   return own.width && (own.right > all.right + 1 || own.left < all.left - 1);
 }).map((text) => text.textContent)"""
+OFF_PAPER = """document.body.style.width = "718px"; // A4 between its margins
+const off = [...document.querySelectorAll(".chart svg, .board table")].filter((one) =>
+  one.getBoundingClientRect().right > one.parentElement.getBoundingClientRect().right + 1);
+document.body.style.width = ""; return off.map((one) => one.outerHTML.slice(0, 200))"""
 HOSTILE = {
     "script": "<script>window.hit = 1</script><img src=x onerror='window.hit = 2'>",
     "closes": "</script><script>window.hit = 3</script></pre></textarea></style><svg onload=window.hit=4>",
@@ -84,12 +88,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[page.Report, Path]:
     return report, folder / "report.html"
 
 
+def scheme(dark: bool) -> list[dict[str, str]]:
+    return [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
+
+
 def opened(browser: Any, file: Path, dark: bool = False, width: int = 1280) -> None:
     """Open a page as a light or dark, wide or narrow screen shows it."""
     size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-    scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme(dark)})
     browser.get_log("browser"), browser.get_log("performance")
     browser.get(file.as_uri())
 
@@ -351,6 +358,9 @@ def test_screenshots(name: str, dark: bool, width: int, browser: Any, built: tup
         )
         assert size[0] <= width
         assert browser.execute_script(CUT) == []
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+        assert file == PAPER or browser.execute_script(OFF_PAPER) == []
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": scheme(dark)})
         clip = {"x": 0, "y": 0, "width": width, "height": size[1], "scale": 1}
         if file == PAPER:
             top = browser.execute_script(
