@@ -21,7 +21,6 @@ from omegaconf import DictConfig, OmegaConf
 from launchers import outcome, typed
 from ssgr import lean, tracker
 from ssgr.records import RunResult
-from ssgr.store import Store
 from ssgr.sweep import MANIFEST
 
 sys.path.append(str(Path(__file__).parent / "launchers"))  # where Hydra finds hydra_plugins
@@ -31,7 +30,7 @@ _log = logging.getLogger("ssgr")
 def run_cell(cfg: DictConfig) -> RunResult | None:
     """Run one cell and write its result.json into the folder that Hydra made for it; a part only samples."""
     lean.load_transformers()  # it and torch take seconds: a wrong flag is told before
-    from launchers.experiment import build
+    from launchers.experiment import build, store_of
     from ssgr import pipeline, results
 
     own = HydraConfig.get()
@@ -43,7 +42,7 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
         raise ValueError(
             f"{sweep} is the folder of a sweep of hydra/launcher=local or slurm: type that launcher, or another hydra.sweep.dir"
         )
-    store = Store(Path(cfg.store.path))
+    store = store_of(cfg)
     experiment = build(cfg)
     check_apart(folder, experiment.model.path)
     if experiment.shard is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -14,6 +15,7 @@ from ssgr import tracker
 from ssgr.experiment import Experiment
 from ssgr.select import Policy
 from ssgr.stages.prune import Passing
+from ssgr.store import Store
 
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "bool": ((bool,), "true or false"),
@@ -21,9 +23,12 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "float": ((int, float), "a number"),
     "str": ((str,), "a text (a number in quotes)"),
     "None": ((type(None),), "null"),
+    "tuple[int, ...]": ((list,), "a list of whole numbers, such as [1,2]"),
+    "tuple[str, ...]": ((list,), "a list of texts, such as [a,b]"),
 }
 _GROUPS = ("grader", "problems")  # of which a benchmark has its own
-_NODES = (".engine", ".decoding", ".columns", ".parts", ".options", ".thinking", "model.chat")  # never null, nor a word
+# Never null, nor a word:
+_NODES = (".engine", ".decoding", ".columns", ".parts", ".options", ".thinking", "model.chat", "scope.bins")
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -53,6 +58,9 @@ def build(cfg: DictConfig) -> Experiment:
         _check(node, OmegaConf.to_container(config, resolve=True))
         return made
 
+    for node in ("select", "collect"):
+        if not isinstance(cfg[node], DictConfig):
+            raise _no_node(node, cfg[node])
     chosen = OmegaConf.select(cfg, "tracker")  # it is not part of the experiment, and is refused before hours of work
     tracker.build(OmegaConf.to_container(chosen, resolve=True) if chosen is not None else None)  # type: ignore[arg-type]
     return Experiment(
@@ -80,6 +88,19 @@ def build(cfg: DictConfig) -> Experiment:
     )
 
 
+def store_of(cfg: DictConfig) -> Store:
+    """The store that `cfg` names.
+
+    Raises:
+        ValueError: it names none.
+    """
+    if not isinstance(cfg.store, DictConfig):
+        raise _no_node("store", cfg.store)
+    if not cfg.store.path or not isinstance(cfg.store.path, str):
+        raise ValueError(f"store.path={cfg.store.path}: give the name of a folder (a number in quotes)")
+    return Store(Path(cfg.store.path))
+
+
 def _no_node(node: str, config: Any) -> ValueError:
     return ValueError(f"{node}={config}: it has settings of its own; leave it out, or type {node}.SETTING=VALUE")
 
@@ -99,10 +120,19 @@ def _check(node: str, config: Any) -> None:
         _check(at, value)
         if name in _GROUPS and not isinstance(value, dict | None):
             raise ValueError(f"{at}={value}: {name} is a group of settings; type +{name}@{at}={value}")
+        if at == "pruner.base" and not isinstance(value, dict):
+            raise ValueError(
+                f"{at}={value}: it is a pruner; type pruner@{at}={value if isinstance(value, str) else 'wanda'}"
+            )
         if at.endswith(_NODES) and not isinstance(value, dict):
             raise _no_node(at, value)
         if value == "???" or not all(kind in _KINDS for kind in kinds.get(name, ["unknown"])):
             continue  # Hydra tells of what is missing, and the class looks at other kinds
-        known = [_KINDS[kind] for kind in kinds[name]]
-        if not any(type(value) in types for types, _ in known):
-            raise ValueError(f"{at}={value}: give {' or '.join(told for _, told in known)}")
+        if not any(_fits(value, kind) for kind in kinds[name]):
+            raise ValueError(f"{at}={value}: give {' or '.join(_KINDS[kind][1] for kind in kinds[name])}")
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a setting is of a kind; of a list, whether each of its members is."""
+    of = kind.removeprefix("tuple[").partition(",")[0]
+    return type(value) in _KINDS[kind][0] and (of == kind or all(_fits(one, of) for one in value))

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from launchers import local, outcome
 from launchers.cluster import ROOT, Slurm
-from launchers.experiment import build
+from launchers.experiment import build, store_of
 from launchers.submit import Settings, Submission, kinds, plan, submit
 from ssgr import assemble, pipeline, status
 from ssgr.graph import KINDS, Stage
@@ -86,7 +86,7 @@ def launch(
             "come would be cancelled; leave it out, or hydra.sweeper.max_batch_size; nothing was submitted"
         )
     folder = Path(str(config.hydra.sweep.dir)).absolute()
-    store = Store(Path(config.store.path))
+    store = store_of(config)
     before = read(folder)
     if before is not None and before.store != str(store.root):
         raise ValueError(

@@ -14,7 +14,7 @@ import numpy as np
 from ssgr.bins import Bins
 from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
-from ssgr.records import Funnel, Graded, Row, Verdict
+from ssgr.records import Funnel, Graded, Row
 
 Balance = Literal["none", "level", "length"]
 _log = logging.getLogger("ssgr")
@@ -95,8 +95,6 @@ def eligible(graded: Sequence[Graded], verdict: str, policy: Policy) -> Candidat
     Raises:
         ValueError: nothing is left; the message holds the funnel and the nearest setting that is not empty.
     """
-    if verdict not in ("any", *Verdict):
-        raise ValueError(f"calib.verdict={verdict!r}: valid choices are any, {', '.join(Verdict)}")
     wrong = wrong_shares(graded)
     fit = [g for g in graded if verdict in ("any", g.verdict)]
     held = [policy.difficulty.holds(wrong.get(g.trace.problem_id)) for g in fit]

@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from launchers.experiment import build as experiment_of
+from launchers.experiment import store_of
 from ssgr import keys
 from ssgr.experiment import Experiment
 
@@ -163,6 +164,16 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
             r"^bench\.traces=3: it is a benchmark; type bench@bench\.traces=",
         ),
         (["bench.problems=gsm8k_train"], r"; type \+problems@bench\.problems=gsm8k_train$"),
+        (["select=level"], r"^select=level: it has settings of its own"),
+        (["collect=norm"], r"^collect=norm: it has settings of its own"),
+        (["scope.bins=2"], r"^scope\.bins=2: it has settings of its own"),
+        (["pruner.include=down_proj"], r"^pruner\.include=down_proj: give a list of texts, such as \[a,b\]$"),
+        (["pruner.exclude=null"], r"^pruner\.exclude=None: give a list of texts"),
+        (["pruner=dsnot", "pruner.skip=[1]"], r"^pruner\.skip=\[1\]: give a list of texts"),
+        (["pruner=dsnot", "pruner.base=ria"], r"^pruner\.base=ria: it is a pruner; type pruner@pruner\.base=ria$"),
+        (["problems.levels=3"], r"^problems\.levels=3: give a list of whole numbers, such as \[1,2\]$"),
+        (["problems.levels=[1.5]"], r"^problems\.levels=\[1\.5\]: give a list of whole numbers"),
+        (["calib.verdict=correct"], r"^calib\.verdict='correct': valid choices are any, right"),
         (["bench=suite/smoke", "+bench.benches.smoke.grader=math"], r"\+grader@bench\.benches\.smoke\.grader=math$"),
     ],
 )
@@ -184,6 +195,12 @@ def test_a_setting_is_of_the_kind_that_its_class_says(overrides: list[str], said
 )
 def test_what_those_sentences_say_to_type_is_taken(overrides: list[str]) -> None:
     assert isinstance(build(*overrides), Experiment)
+
+
+@pytest.mark.parametrize("given", ["store=there", "store.path=null", "store.path=5", "store.path=''"])
+def test_a_store_is_a_folder(given: str) -> None:
+    with initialize_config_dir(str(CONF), version_base="1.3"), pytest.raises(ValueError, match=r"^store"):
+        store_of(compose("config", [given]))
 
 
 def test_a_scope_names_its_bins() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ssgr.calib import Material, Needs
 from ssgr.difficulty import wrong_shares
-from ssgr.records import Funnel
+from ssgr.records import Funnel, Verdict
 from ssgr.select import Candidates, Policy, as_rows, eligible
 
 
@@ -21,6 +21,10 @@ class OwnTraces:
     draw: int
     verdict: str
     match: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verdict not in ("any", *Verdict):
+            raise ValueError(f"calib.verdict={self.verdict!r}: valid choices are any, {', '.join(Verdict)}")
 
     @property
     def needs(self) -> Needs:
