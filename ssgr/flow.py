@@ -146,15 +146,17 @@ class Flow:
         """The calibration set; traces are sampled and graded only if the source needs them."""
         x, needs = self.x, self.x.calib.needs
         inputs: dict[str, str] = {}
-        problems: list[Problem] = []
+        problems = x.problems.read("calibration") if needs in ("traces", "problems") else []
+        hits = self._hits(problems)  # before hours of sampling: what cannot be read, or leaves nothing, is told at once
         graded: Artefact | None = None
         if needs == "traces":
-            sampled, problems = self.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
+            if x.policy.balance == "level" and all(problem.level is None for problem in problems):
+                raise ValueError(
+                    "select.balance=level: these problems have no level; name its column with problems.columns.level=COLUMN"
+                )
+            sampled, _ = self.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
             graded = self.graded("grade", sampled, problems, x.grader)
             inputs["grade"] = graded.key
-        elif needs == "problems":
-            problems = x.problems.read("calibration")
-        hits = self._hits(problems)
         gone = {hit.id for hit in hits}
         clean = [problem for problem in problems if problem.id not in gone]
         uses = x.calib.uses
@@ -198,15 +200,16 @@ class Flow:
     def _hits(self, problems: list[Problem]) -> list[Hit]:
         """The calibration problems that are those of the benchmark."""
         x = self.x
+        asked = [(bench.name, bench.asks(x.problems).read("test")) for bench in x.sampled_benches]
         if not problems:
             return []
         hits: list[Hit] = []
-        for bench in x.sampled_benches:
-            found = x.decontaminate.hits(problems, bench.asks(x.problems).read("test"))
+        for name, theirs in asked:
+            found = x.decontaminate.hits(problems, theirs)
             if found:
                 _log.warning(
                     "%d of %d calibration problems are in the benchmark and are left out, the first is %s (%s of %s: %s)",
-                    len(found), len(problems), found[0].id, found[0].benchmark_id, bench.name, found[0].why,
+                    len(found), len(problems), found[0].id, found[0].benchmark_id, name, found[0].why,
                 )  # fmt: skip
             seen = {hit.id for hit in hits}
             hits += [hit for hit in found if hit.id not in seen]

@@ -129,17 +129,8 @@ def _strata(pool: Sequence[Graded], of: Sequence[Graded], balance: Balance) -> l
 
 
 def _see_strata(pool: Sequence[Graded], held: Sequence[Hashable], policy: Policy) -> None:
-    """Warn where the band lacks a stratum of the pool: it is then not drawn at the mix of the other bands.
-
-    Raises:
-        ValueError: levels are to be balanced, and there are none.
-    """
-    there = set(_strata(pool, pool, policy.balance))
-    if there == {None}:
-        raise ValueError(
-            "select.balance=level: these problems have no level; name its column with problems.columns.level=COLUMN"
-        )
-    if lacking := sorted(there - set(held), key=repr):
+    """Warn where the band lacks a stratum of the pool: it is then not drawn at the mix of the other bands."""
+    if lacking := sorted(set(_strata(pool, pool, policy.balance)) - set(held), key=repr):
         _log.warning(
             "select.balance=%s: difficulty=%s length=%s holds no trace of %s %s, so its mix is not that of other bands",
             policy.balance, policy.difficulty.name, policy.length.name,

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from ssgr.flow import Flow
 from ssgr.problems.decontaminate import Decontaminate, Hit, tokens
 from ssgr.problems.table import Columns, JsonlProblems
 from ssgr.records import Problem
+from ssgr.store import Store
 from tests.conftest import ROOT, Run
+from tests.test_configs import build
 
 DATA = Path(__file__).parents[2] / "shared" / "data" / "problems"
 LONG = "Natalia sold clips to 48 of her friends in April, and then she sold half as many clips in May. How many in all?"
@@ -161,3 +164,22 @@ def test_a_run_leaves_them_out_and_says_so(run: Run, tmp_path: Path) -> None:
         *[one for one in given if "test_path" not in one], f"problems.test_path={pool}", "device=cpu", small=False
     )
     assert done.returncode == 1 and "type decontaminate.enabled=false" in done.stderr + done.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["select.balance=level"], "select.balance=level: these problems have no level"),
+        (["problems.test_path=p.jsonl"], "all 20 calibration problems are in the benchmark"),
+    ],
+)
+def test_what_problems_lack_is_told_before_hours_of_sampling(
+    asked: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Flow, "sampled", lambda *_: pytest.fail("it samples"))
+    Path("p.jsonl").write_text(
+        "\n".join(json.dumps({"problem": f"What is {i}+{i}?", "answer": "2"}) for i in range(20))
+    )
+    with pytest.raises(ValueError, match=said):
+        Flow(build("problems=jsonl", "problems.path=p.jsonl", *asked), Store(tmp_path)).selected()

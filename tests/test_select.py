@@ -360,6 +360,3 @@ def test_a_band_without_a_stratum_is_named(caplog: pytest.LogCaptureFixture) -> 
     with caplog.at_level("WARNING", "ssgr"):
         eligible(traces, "right", Policy(ANY, band, "level"))
     assert "select.balance=level: difficulty=any length=long holds no trace of level 1" in caplog.text
-    bare = [Graded(g.trace, g.answer, g.verdict, None) for g in traces]
-    with pytest.raises(ValueError, match="these problems have no level"):
-        eligible(bare, "right", Policy(ANY, EVERY, "level"))
