@@ -37,9 +37,12 @@ class Budget:
                 f"budget.tokens={self.tokens} budget.rows={self.rows}: give exactly one, "
                 "such as budget.tokens=8192, or budget.tokens=null budget.rows=128"
             )
-        for name, n in (("tokens", self.tokens), ("rows", self.rows), ("max_row_tokens", self.max_row_tokens)):
-            if n is not None and (not isinstance(n, int) or n < 1):
-                raise ValueError(f"budget.{name}={n}: give a whole number of at least 1, without a point or exponent")
+        each = (("tokens", self.tokens, 2), ("rows", self.rows, 1), ("max_row_tokens", self.max_row_tokens, 2))
+        for name, n, least in each:  # a row has two tokens at least
+            if n is not None and (not isinstance(n, int) or n < least):
+                raise ValueError(
+                    f"budget.{name}={n}: give a whole number of at least {least}, without a point or exponent"
+                )
         if not 0 <= self.held_out <= 1:
             raise ValueError(
                 f"budget.held_out={self.held_out}: give a share of the budget between 0 and 1, such as 0.125"

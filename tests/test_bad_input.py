@@ -36,7 +36,7 @@ CASES = {
     "text": (["calib=corpus", "calib.text=no/such.txt", "bench=smoke"], ["calib.text=no/such.txt", "prose"]),
     "whole budget": (["budget.tokens=1e3"], ["budget.tokens=1000.0", "without a point or exponent"]),
     "exclude": (["pruner.exclude=[lm_hed]"], ["pruner.exclude", "lm_hed", "self_attn.q_proj"]),
-    "window": (["calib=corpus", "calib.window=0"], ["calib.window=0", "at least 1"]),
+    "window": (["calib=corpus", "calib.window=1"], ["calib.window=1", "at least 2"]),
     "window of noise": (["calib=random_tokens", "calib.window=2e3"], ["calib.window=2000.0", "whole number"]),
     "compare": (["pruner=wanda", "pruner.compare=rows"], ["pruner.compare='rows'", "a row or a layer"]),
     "no such GPU": (["device=cuda:99"], ["device=cuda:99", "device=auto"]),

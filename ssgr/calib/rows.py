@@ -36,8 +36,8 @@ class _Plain:
 
 
 def _check_window(window: int) -> None:
-    if not isinstance(window, int) or window < 1:
-        raise ValueError(f"calib.window={window}: give a whole number of tokens, at least 1, without point or exponent")
+    if not isinstance(window, int) or window < 2:
+        raise ValueError(f"calib.window={window}: give a whole number of tokens, at least 2, without point or exponent")
 
 
 @dataclass(frozen=True)
