@@ -295,6 +295,11 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert store_main(["verify", *where]) == 1
     assert "the sha256 is not that of its manifest" in capsys.readouterr().out
     assert store_main(["ls", "--store", str(tmp_path / "none")]) == 1
+    assert store_main(["gc", "--delete", *where, str(tmp_path / "mistyped")]) == 1
+    assert "mistyped is no folder of runs" in capsys.readouterr().err
+    (outputs / "sweep" / "0").mkdir(parents=True)
+    assert store_main(["gc", "--delete", "--store", str(outputs), "--outputs", str(outputs)]) == 1
+    assert "outputs is no store" in capsys.readouterr().err and (outputs / "sweep" / "0").is_dir()
 
 
 @pytest.mark.parametrize("name", ["result.json", "sweep.json"])

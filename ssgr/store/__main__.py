@@ -100,6 +100,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not args.store.is_dir():
         print(f"error: there is no store in {args.store}; type --store DIR", file=sys.stderr)
         return 1
+    results = [path for path in args.store.glob("*/*/") if not path.suffix]
+    if results and not any((path / MANIFEST).is_file() for path in results):  # gc would remove what it finds there
+        print(f"error: {args.store} is no store, as {results[0]} is no result; type --store DIR", file=sys.stderr)
+        return 1
     if args.delete and not os.access(args.store, os.W_OK):
         print(f"error: {args.store} may only be read: leave out --delete, or type it as its owner", file=sys.stderr)
         return 1
@@ -138,10 +142,10 @@ def _verify(store: Store, args: argparse.Namespace) -> int:
 
 
 def _gc(store: Store, args: argparse.Namespace) -> int:
-    folders = [folder for folder in args.outputs if folder.is_dir()]
-    if not folders:
-        raise ValueError(f"none of {', '.join(map(str, args.outputs))} is a folder of runs; type --outputs DIR")
-    found = unreferred(list(entries(store)), referred(folders) | submitted(store.root))
+    for folder in args.outputs:  # a mistyped one would leave nothing that refers to its results
+        if not folder.is_dir():
+            raise ValueError(f"{folder} is no folder of runs; type --outputs DIR")
+    found = unreferred(list(entries(store)), referred(args.outputs) | submitted(store.root))
     found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here
     busy = False
     freed = 0
