@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if not args.output.parent.is_dir():
             raise ValueError(f"{args.output}: there is no folder {args.output.parent}; make it, or give another file")
-        if args.output.exists() and args.output.samefile(args.input):
+        if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
             raise ValueError(f"{args.output} is the file that is graded, and would be lost; give another to write")
         limits = (args.seconds, args.memory_gib, args.workers)
         grader: Grader = (
