@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from ssgr import tables
 from ssgr.experiment import Experiment
 from ssgr.flow import Flow
@@ -20,7 +18,7 @@ from ssgr.model import gguf
 from ssgr.records import RunResult, StageRun
 from ssgr.results import result
 from ssgr.select import Budget
-from ssgr.stages import prune, sample, select
+from ssgr.stages import evaluate, prune, sample, select
 from ssgr.stages.ranks import Crew, Joined
 from ssgr.store import POLL_SECONDS, Artefact, Store
 
@@ -107,7 +105,11 @@ def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:
     model, converted = gguf.stored(experiment.model, store)
     skeleton = model.skeleton()
     prune.check(skeleton, experiment.pruner, experiment.sparsity, experiment.collects != "none")
-    budget = _within_context(experiment.budget, skeleton)
+    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    for bench in experiment.benches:
+        if not isinstance(bench, evaluate.Bench):
+            bench.check(context)
+    budget = _within_context(experiment.budget, context)
     flow = Flow(dataclasses.replace(experiment, model=model, budget=budget), store, gguf.record(converted), parts)
     if converted:
         flow.done["convert"] = converted
@@ -115,9 +117,8 @@ def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:
     return flow
 
 
-def _within_context(budget: Budget, model: PreTrainedModel) -> Budget:
+def _within_context(budget: Budget, context: int | None) -> Budget:
     """`budget` with rows no longer than the model's context: past it the model was never trained."""
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if not context or budget.max_row_tokens <= context:
         return budget
     _log.info("budget.max_row_tokens=%d is cut to the model's context of %d", budget.max_row_tokens, context)

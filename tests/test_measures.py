@@ -98,6 +98,12 @@ def test_bad_perplexities_are_refused(how: dict[str, Any], said: str) -> None:
         Perplexity("x", **how)
 
 
+def test_a_library_that_is_not_installed_is_told_before_hours_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssgr.measure.tasks.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"bench=x needs lm-evaluation-harness .*: type pip install 'ssgr\[lm_eval\]'"):
+        LmEvalTask("x", "boolq", "acc").check(None)
+
+
 def test_texts_that_do_not_serve_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +114,8 @@ def test_texts_that_do_not_serve_are_refused(
         Perplexity("x", str(tmp_path / "short.txt")).measure(TINY, tokenizer, ())
     with pytest.raises(ValueError, match=r"more than the model's context of 128; type bench.window=128"):
         Perplexity("x", "prose", window=129, windows=1).measure(Loaded(random_model(vocabulary=512)), tokenizer, ())
+    with pytest.raises(ValueError, match=r"2048 tokens are more than the model's context of 1024"):  # before it samples
+        pipeline.plan(build("bench=perplexity", "bench.text=prose"), Store(tmp_path / "store"))
     with pytest.raises(ValueError, match="no traces"):
         Perplexity("x", traces=object()).measure(TINY, tokenizer, ())
     with pytest.raises(ValueError, match=r"bench.text=no/such is neither a file nor a dataset"):

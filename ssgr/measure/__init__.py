@@ -30,6 +30,14 @@ class Measure(Protocol):
         """The benchmark on whose traces of the dense model it is taken, or None."""
         ...
 
+    def check(self, context: int | None) -> None:
+        """See what can be seen before hours of work, of a model with so much context.
+
+        Raises:
+            ValueError: it cannot be measured.
+        """
+        ...
+
     def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
         """The value of each item.
 

@@ -65,6 +65,20 @@ class Perplexity:
     def _text(self) -> Text:
         return Text(str(self.text), "bench.text", self.column, self.subset, self.split, self.revision)
 
+    def check(self, context: int | None) -> None:
+        """See that a window of text fits into the context.
+
+        Raises:
+            ValueError: it does not.
+        """
+        self._see_room(0 if self.text is None else self.window, context)
+
+    def _see_room(self, tokens: int, context: int | None) -> None:
+        if context and tokens > context:
+            raise ValueError(
+                f"bench={self.name}: {tokens} tokens are more than the model's context of {context}; type bench.window={context}"
+            )
+
     def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
         """The mean loss of each window, or of the responses to each problem, which are no independent ones, in nats a token.
 
@@ -77,11 +91,7 @@ class Perplexity:
             raise ValueError(f"bench={self.name}: there are no traces to measure on")
         loaded = model.load()
         context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        longest = max(len(ids) for _, ids, _ in rows)
-        if context and longest > context:
-            raise ValueError(
-                f"bench={self.name}: {longest} tokens are more than the model's context of {context}; type bench.window={context}"
-            )
+        self._see_room(max(len(ids) for _, ids, _ in rows), context)
         losses, tokens = defaultdict[str, float](float), Counter[str]()
         with Progress(self.name, len(rows)) as progress:
             for name, ids, first in rows:

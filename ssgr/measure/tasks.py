@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -50,6 +51,18 @@ class LmEvalTask:
         kept = {one.name: getattr(self, one.name) for one in fields(self) if one.metadata.get("key", True)}
         return {**kept, "folder": _sums(Path(self.folder).expanduser()) if self.folder else None}
 
+    def check(self, context: int | None) -> None:
+        """See that the library is there.
+
+        Raises:
+            ValueError: it is not.
+        """
+        if find_spec("lm_eval") is None:
+            raise self._lacks("it is not installed")
+
+    def _lacks(self, why: object) -> ValueError:
+        return ValueError(f"bench={self.name} needs lm-evaluation-harness ({why}): type pip install 'ssgr[lm_eval]'")
+
     def measure(self, model: Loadable, tokenizer: PreTrainedTokenizerBase, traces: Sequence[Trace]) -> list[Item]:
         """The metric of each document.
 
@@ -61,9 +74,7 @@ class LmEvalTask:
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import get_task_dict
         except ImportError as error:
-            raise ValueError(
-                f"bench={self.name} needs lm-evaluation-harness ({error}): type pip install 'ssgr[lm_eval]'"
-            ) from error
+            raise self._lacks(error) from error
         manager = known(self.folder)
         if self.task not in manager.all_tasks:
             near = [name for name in manager.all_tasks if name.startswith(self.task[:4])][:5]
