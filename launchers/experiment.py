@@ -28,7 +28,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 _GROUPS = ("grader", "problems")  # of which a benchmark has its own
 # Never null, nor a word:
-_NODES = (".engine", ".decoding", ".columns", ".parts", ".options", ".thinking", "model.chat", "scope.bins")
+_NODES = (".engine", ".decoding", ".columns", ".parts", ".options", ".thinking", "model.chat", "scope.bins", ".benches")
 
 
 def build(cfg: DictConfig) -> Experiment:
@@ -124,6 +124,8 @@ def _check(node: str, config: Any) -> None:
             raise ValueError(
                 f"{at}={value}: it is a pruner; type pruner@{at}={value if isinstance(value, str) else 'wanda'}"
             )
+        if node == "bench.benches" and not isinstance(value, dict):
+            raise ValueError(f"{at}={value}: it is a benchmark with settings of its own; type ~{at} to leave it out")
         if at.endswith(_NODES) and not isinstance(value, dict):
             raise _no_node(at, value)
         if value == "???" or not all(kind in _KINDS for kind in kinds.get(name, ["unknown"])):

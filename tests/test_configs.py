@@ -164,6 +164,11 @@ def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> N
             r"^bench\.traces=3: it is a benchmark; type bench@bench\.traces=",
         ),
         (["bench.problems=gsm8k_train"], r"; type \+problems@bench\.problems=gsm8k_train$"),
+        (
+            ["bench=suite/smoke", "bench.benches.perplexity=null"],
+            r"^bench\.benches\.perplexity=None: it is a benchmark .*; type ~bench\.benches\.perplexity to leave it out$",
+        ),
+        (["bench=suite/smoke", "bench.benches=3"], r"^bench\.benches=3: it has settings of its own"),
         (["select=level"], r"^select=level: it has settings of its own"),
         (["collect=norm"], r"^collect=norm: it has settings of its own"),
         (["scope.bins=2"], r"^scope\.bins=2: it has settings of its own"),
@@ -190,6 +195,8 @@ def test_a_setting_is_of_the_kind_that_its_class_says(overrides: list[str], said
         ["bench=perplexity_traces", "bench@bench.traces=gsm8k"],
         ["+problems@bench.problems=gsm8k_train", "model.trust_remote_code=True"],
         ["bench=suite/smoke", "bench.decoding.temperature=1", "bench.decoding.top_p=null"],
+        ["bench=suite/smoke", "~bench.benches.perplexity"],
+        ["pruner=dsnot", "pruner@pruner.base=ria"],
         ["bench=suite/smoke", "+grader@bench.benches.smoke.grader=math", "budget.tokens=null", "budget.rows=8"],
     ],
 )
