@@ -59,6 +59,7 @@ class Flow:
         self.shelf: Shelf = store
         self.done: dict[str, Artefact] = {}
         self.planned: list[Planned] = []
+        self._read: list[tuple[Problems, Split, list[Problem]]] = []
 
     def walk(self) -> None:
         """Every stage, each after what it needs."""
@@ -72,6 +73,14 @@ class Flow:
     @cached_property
     def tokenizer(self) -> Any:
         return self.x.model.tokenizer()
+
+    def problems(self, source: Problems, split: Split) -> list[Problem]:
+        """The problems of a split, which are read once."""
+        for known, of, read in self._read:
+            if (known, of) == (source, split):
+                return read
+        self._read.append((source, split, source.read(split)))
+        return self._read[-1][-1]
 
     def prompt_ids(self, question: str) -> tuple[int, ...]:
         return self.x.model.prompt_ids(self.tokenizer, question)
@@ -96,7 +105,7 @@ class Flow:
         self, name: str, problems: Problems, split: Split, engine: Sampler, decoding: Decoding, pruned: Artefact | None
     ) -> tuple[Artefact, list[Problem]]:
         """Traces of the dense model (`pruned` is None) or of a pruned one."""
-        model, read = self.x.model, problems.read(split)
+        model, read = self.x.model, self.problems(problems, split)
         asked = [(problem.id, problem.question) for problem in read]
         whole = {"model": model, "problems": keys.digest(asked), "sampler": engine, "decoding": decoding}
         inputs = {"prune": pruned.key} if pruned else {}
@@ -146,7 +155,7 @@ class Flow:
         """The calibration set; traces are sampled and graded only if the source needs them."""
         x, needs = self.x, self.x.calib.needs
         inputs: dict[str, str] = {}
-        problems = x.problems.read("calibration") if needs in ("traces", "problems") else []
+        problems = self.problems(x.problems, "calibration") if needs in ("traces", "problems") else []
         hits = self._hits(problems)  # before hours of sampling: what cannot be read, or leaves nothing, is told at once
         graded: Artefact | None = None
         if needs == "traces":
@@ -200,7 +209,7 @@ class Flow:
     def _hits(self, problems: list[Problem]) -> list[Hit]:
         """The calibration problems that are those of the benchmark."""
         x = self.x
-        asked = [(bench.name, bench.asks(x.problems).read("test")) for bench in x.sampled_benches]
+        asked = [(bench.name, self.problems(bench.asks(x.problems), "test")) for bench in x.sampled_benches]
         if not problems:
             return []
         hits: list[Hit] = []
