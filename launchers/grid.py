@@ -50,7 +50,7 @@ def explained(config: DictConfig) -> Iterator[None]:
     except (ValueError, OSError) as error:
         said = (
             str(error)
-            if isinstance(error, ValueError)
+            if isinstance(error, ValueError) or error.filename is None
             else f"{error.filename} cannot be written ({error.strerror}); what was submitted goes on"
         )
         outcome.FAILED.append(said)

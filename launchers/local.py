@@ -13,7 +13,7 @@ from launchers.arrays import Task, tasks
 from launchers.submit import LOGS, Settings, work_of
 from ssgr.progress import Progress
 from ssgr.queue import Records
-from ssgr.store import Store
+from ssgr.store import SMALL, Store
 from ssgr.sweep import Sweep
 
 _POLL = 0.2  # seconds
@@ -23,7 +23,7 @@ def run(sweep: Sweep, store: Store, settings: Settings, cpus: int | None, timeou
     """Make what is missing of a sweep; a stage that fails keeps only those that need it from starting."""
     count, threads = _slots(settings.max_parallel, cpus)
     graph, records = sweep.graph, Records(store.root)
-    missing = graph.missing(lambda stage: store.find(stage.folder, stage.key) is not None)
+    missing = graph.missing(lambda stage: store.find(stage.folder, stage.key, SMALL) is not None)
     waiting = {task.id: task for task in tasks(missing, settings.fold, {})}
     print(
         f"sweep {sweep.id}: {len(sweep.overrides)} cells, {len(graph.stages)} stages; {len(waiting)} jobs, {count} at a time "

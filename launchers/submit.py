@@ -15,7 +15,7 @@ from launchers.cluster import Cluster, Resources, resources
 from launchers.work import Report, Work
 from ssgr.graph import KINDS, Stage
 from ssgr.queue import FOLDER, Queued, Records, Submitted
-from ssgr.store import Store
+from ssgr.store import SMALL, Store
 from ssgr.sweep import Sweep, submitted
 
 REPORT = "report"
@@ -60,7 +60,7 @@ class Submission:
 def plan(sweep: Sweep, store: Store, settings: Settings, live: Mapping[str, Queued]) -> Plan:
     """What there is to do for a sweep; nothing is submitted."""
     graph = sweep.graph
-    there = {stage.key for stage in graph.stages.values() if store.find(stage.folder, stage.key) is not None}
+    there = {stage.key for stage in graph.stages.values() if store.find(stage.folder, stage.key, SMALL) is not None}
     missing = graph.missing(lambda stage: stage.key in there)
     joined = {stage.key: live[stage.key] for stage in missing if stage.key in live}
     ids = {key: one.job for key, one in joined.items()}

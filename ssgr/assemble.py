@@ -11,7 +11,7 @@ from ssgr.records import RunResult
 from ssgr.report import table
 from ssgr.report.cells import read as read_cells
 from ssgr.report.cells import told_apart
-from ssgr.store import Artefact, Store
+from ssgr.store import SMALL, Artefact, Store
 from ssgr.sweep import Sweep, read
 
 
@@ -35,7 +35,7 @@ def _done(sweep: Sweep, store: Store, number: int) -> dict[str, Artefact] | None
         return None
     for name, key in sweep.names[number].items():
         stage = sweep.graph.stages[key]
-        found = store.find(stage.folder, key)
+        found = store.find(stage.folder, key, SMALL)
         if found is not None:
             out[name] = found
         elif stage.kind in ("select", "prune", "evaluate"):

@@ -151,10 +151,10 @@ class _Only(_Blank):
             return super().run(stage, key, make)
         own = self.flow.planned[-1]
         for one in self.flow.planned:
-            if one.key in own.needs and self.store.find(one.stage, one.key, checksums=True) is None:
+            if one.key in own.needs and not self.store.sound(one.stage, one.key):
                 raise ValueError(
-                    f"{own.name} needs {one.name}, and the store has no {one.stage}/{one.key}: it failed or did not run; give "
-                    "the command of the sweep again"
+                    f"{own.name} needs {one.name}, and the store has no sound {one.stage}/{one.key}: it failed, did not run "
+                    "or was damaged; give the command of the sweep again"
                 )
         artefact = self._made(stage, key, make, **manifest)
         self.done(artefact)

@@ -352,6 +352,18 @@ def test_a_damaged_result_is_noticed_and_made_again(
         assert names(tmp_path) == {"key", *(f"key.damaged-{i}" for i in range(1, n + 1))}
 
 
+@pytest.mark.parametrize("damage", [_flip_a_byte, _shorten, _truncate_manifest])
+def test_what_a_job_needs_and_is_damaged_is_moved_aside(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    store = Store(tmp_path)
+    assert not store.sound("stage", "key")
+    folder = run(tmp_path, write("hello")).path
+    assert store.sound("stage", "key")
+    damage(folder)
+    assert store.find("stage", "key", checksums=5) is None, "whose files a driver reads"
+    assert not store.sound("stage", "key")
+    assert names(tmp_path) == {"key.damaged-1"}, "so that a driver, which only measures large files, makes it again"
+
+
 def test_a_large_result_is_checksummed_once_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "ALWAYS_CHECKSUMMED", 4)
     folder = run(tmp_path, write("hello")).path

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -33,6 +34,7 @@ from ssgr.records import StageRun
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 ALWAYS_CHECKSUMMED = 64 * 2**20  # bytes a result: a fraction of a second; a larger one is checksummed once a process
+SMALL = 4 * 2**20  # bytes a file: what tables are made of, and a driver checks of every result of a grid
 POLL_SECONDS = (0.2, 2.0)  # first and longest pause of a waiter; it grows, as a grid may wait with hundreds
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -121,13 +123,24 @@ class Store:
             (self.misses if made else self.hits)[stage] += 1
         return Artefact(folder, key, stage, StageRun(manifest.seconds, not made, manifest.peak_rss_mib))
 
-    def find(self, stage: str, key: str, checksums: bool = False) -> Artefact | None:
-        """The result of `stage` under `key` if it is there and sound, as far as sizes or also `checksums` tell."""
+    def find(self, stage: str, key: str, checksums: float = 0) -> Artefact | None:
+        """The result of `stage` under `key` if it is there and sound, as far as sizes tell, and the checksums of files of up
+        to `checksums` bytes.
+        """
         folder = self.root / stage / key
         with contextlib.suppress(_Damaged):
             if (manifest := _read(folder, checksums)) is not None:
                 return Artefact(folder, key, stage, StageRun(manifest.seconds, True, manifest.peak_rss_mib))
         return None
+
+    def sound(self, stage: str, key: str) -> bool:
+        """Whether a result is there, and what it was in every byte; one that is not is moved aside, to be made again."""
+        folder = self.root / stage / key
+        try:
+            return _read(folder) is not None
+        except _Damaged:
+            with self._wait_for_lease(folder) as lease:
+                return _read_or_move_aside(folder, lease) is not None
 
     @contextlib.contextmanager
     def alone(self, what: str) -> Iterator[None]:
@@ -250,8 +263,8 @@ def _read_or_move_aside(folder: Path, lease: Lease) -> _Manifest | None:
         return None
 
 
-def _read(folder: Path, checksums: bool = True) -> _Manifest | None:
-    """The manifest of a sound result, None if there is no result.
+def _read(folder: Path, checksums: float = math.inf) -> _Manifest | None:
+    """The manifest of a sound result, None if there is no result; files of more than `checksums` bytes are only measured.
 
     Raises:
         _Damaged: a result is there and is not what was published.
@@ -270,9 +283,10 @@ def _read(folder: Path, checksums: bool = True) -> _Manifest | None:
     try:
         _check_sizes(sizes)
         seen = (folder, str(manifest.created))
-        if checksums and (sum(sizes.values()) <= ALWAYS_CHECKSUMMED or seen not in _checksummed):
-            _check_sums(sums)
-            _checksummed.add(seen)
+        if sum(sizes.values()) <= ALWAYS_CHECKSUMMED or seen not in _checksummed:
+            _check_sums({path: sha256 for path, sha256 in sums.items() if sizes[path] <= checksums})
+            if checksums == math.inf:
+                _checksummed.add(seen)
     except OSError as error:
         raise _Damaged(f"{error.filename or folder}: cannot be read ({error.strerror})") from error
     return manifest
