@@ -42,6 +42,7 @@ class Lease:
         self.token = secrets.token_hex(8)
         self.work = folder.with_name(f"{folder.name}.{self.token}.work")
         self._seconds = heartbeat_seconds
+        self._heard = (0.0, 0.0)  # the holder's last beat that was seen, and when, by this process's own clock
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name=f"lease {folder.name}", daemon=True)
 
@@ -54,7 +55,10 @@ class Lease:
                 pass
             else:
                 who = _named(text)
-                alive = now - beat <= stale_seconds and not _is_dead(text)
+                if beat != self._heard[0]:
+                    self._heard = (beat, time.monotonic())
+                silent = max(now - beat, time.monotonic() - self._heard[1])  # clocks jump: a beat may lie in the future
+                alive = silent <= stale_seconds and not _is_dead(text)
                 if alive or not self._move_aside(text):
                     return who
                 log.warning("%s: taken over from %s, which is dead or silent", self.path, who)

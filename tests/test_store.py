@@ -185,8 +185,11 @@ def test_a_beating_heart_keeps_the_lease(tmp_path: Path) -> None:
         assert artefact.run.cached
 
 
-def test_a_silent_holder_elsewhere_is_taken_over_when_stale(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    foreign_lease(tmp_path, age=0)
+@pytest.mark.parametrize("age", [0, -3600])  # an hour ahead: of before the clock was set back
+def test_a_silent_holder_elsewhere_is_taken_over_when_stale(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, age: float
+) -> None:
+    foreign_lease(tmp_path, age)
     start = time.monotonic()
     artefact = run(tmp_path, write("mine"), stale_seconds=0.6)
     assert time.monotonic() - start > 0.5
