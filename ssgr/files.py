@@ -15,17 +15,22 @@ from ssgr.errors import first_line
 
 
 def write_bytes(file: Path, content: bytes) -> None:
-    """Write beside `file` and give it the name; of several processes that do so at once, the last one's stays."""
+    """Write beside `file`, bring it to the disk, and give it the name; of several processes that do so at once, the last
+    one's stays.
+    """
     beside = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        beside.write_bytes(content)
+        with open(beside, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
         beside.replace(file)
     finally:
         beside.unlink(missing_ok=True)
 
 
 def write_json(file: Path, content: object) -> None:
-    """Write JSON beside `file`, bring it to the disk, and give it the name."""
+    """The same of JSON, by one process at a time: a killed one leaves nothing that the next does not write over."""
     beside = file.with_name(f"{file.name}.new")
     with open(beside, "w") as stream:
         json.dump(content, stream)

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ssgr.files import write_json
+from ssgr.files import write_bytes
 from ssgr.graph import Graph, Stage
 from ssgr.keys import KEY_LENGTH, digest
 from ssgr.queue import Records
@@ -66,9 +66,10 @@ class Sweep:
         before, self.configs[number] = self.configs.get(number), digest(config)[:KEY_LENGTH]
         if before != self.configs[number]:
             (self.cell(number) / "result.json").unlink(missing_ok=True)
-        if not self.config_file(number).exists():
-            self.config_file(number).parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.config_file(number), config)
+        file, content = self.config_file(number), json.dumps(config).encode()
+        if not file.exists() or file.read_bytes() != content:  # it may be damaged
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(file, content)
 
     def write(self) -> None:
         """Write the manifest whole."""
@@ -85,19 +86,17 @@ class Sweep:
             for n in self.overrides
         ]
         stages = [asdict(stage) for stage in self.graph.stages.values()]
-        write_json(
-            self.folder / MANIFEST,
-            {
-                "version": VERSION,
-                "store": self.store,
-                "command": self.command,
-                "commit": self.commit,
-                "parts": self.parts,
-                "created": self.created or datetime.now(UTC).isoformat(timespec="seconds"),
-                "cells": cells,
-                "stages": stages,
-            },
-        )
+        content = {
+            "version": VERSION,
+            "store": self.store,
+            "command": self.command,
+            "commit": self.commit,
+            "parts": self.parts,
+            "created": self.created or datetime.now(UTC).isoformat(timespec="seconds"),
+            "cells": cells,
+            "stages": stages,
+        }
+        write_bytes(self.folder / MANIFEST, json.dumps(content).encode())
 
 
 def read(folder: Path) -> Sweep | None:
@@ -115,7 +114,9 @@ def read(folder: Path) -> Sweep | None:
         if version == VERSION:
             return _sweep(folder, found)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); choose another folder with hydra.sweep.dir=DIR") from error
+        raise ValueError(
+            f"{file} cannot be read ({error}); remove it and give the command of the sweep again"
+        ) from error
     raise ValueError(
         f"{file} was written by another version of ssgr (its format is {version}, this one's is {VERSION}); choose another "
         "folder with hydra.sweep.dir=DIR: what is in the store is used all the same"
@@ -153,8 +154,8 @@ def referred(folders: Sequence[Path]) -> set[str]:
                 out |= {one["key"] for one in found["stages"]} if file.name == MANIFEST else {*found["keys"].values()}
             except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise ValueError(
-                    f"{file} cannot be read ({type(error).__name__}: {error}), so what it refers to is not known: give its "
-                    "command again, or remove it"
+                    f"{file} cannot be read ({type(error).__name__}: {error}), so what it refers to is not known: remove it and "
+                    "give its command again"
                 ) from error
     return out
 

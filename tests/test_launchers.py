@@ -183,6 +183,14 @@ def small(store: Store, folder: Path) -> Sweep:
     return out
 
 
+def test_a_damaged_configuration_is_written_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        sweep = small(Store(tmp_path / "store"), tmp_path)
+        sweep.compose(0, {"a": 1})
+        assert sweep.config(0) == {"a": 1}
+        sweep.config_file(0).write_text("{")
+
+
 def test_a_changed_grid_takes_the_place_of_the_one_before(tmp_path: Path) -> None:
     """What it left of a cell that is gone, or that can no longer be planned, is shown as no cell of the new one."""
     sweeps.sweep(tmp_path, sweeps.grid(ratio=[0.3, 0.4, 0.5]))
