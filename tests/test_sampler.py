@@ -195,6 +195,27 @@ def test_a_killed_run_samples_only_what_is_missing(
     assert read_traces(tmp_path / "traces.parquet") == got
 
 
+def test_a_kill_beside_the_notes_leaves_no_file_beside_the_traces(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problems = ArithmeticProblems((1,), 1, 1, 5).read("test")
+    once = replace(SAMPLING, attempts=1)
+    given = (TINY, tokenizer, lambda question: TINY.prompt_ids(tokenizer, question), problems, HfSampler(4), once)
+    named = Path.replace
+
+    def killed(file: Path, to: Path) -> Path:
+        if to.name == "spent.json":
+            raise KeyboardInterrupt
+        return named(file, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            sample(*given, tmp_path)
+    sample(*given, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["traces.parquet"]
+
+
 @pytest.mark.parametrize("content", ["", "\0" * 9, "[3.5", "[3.5]", "null"])
 def test_what_was_spent_stops_no_run(content: str, tmp_path: Path) -> None:
     """A host that went down may leave a file empty, and the traces beside it are worth more."""

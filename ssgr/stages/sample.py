@@ -73,7 +73,9 @@ def sample(
             for batch in sampler.sample(checkpoint, tokenizer, missing, decoding):
                 write_traces(parts / f"{uuid.uuid4().hex}.parquet", batch)
                 tokens += sum(len(t.generated_ids) - len(begun.get((t.problem_id, t.attempt), ())) for t in batch)
-                _write_beside(work / SPENT, json.dumps([seconds + time.perf_counter() - start, drawn + tokens]))
+                beside = parts / SPENT  # which goes with the parts, where a kill or a full disk leaves it
+                beside.write_text(json.dumps([seconds + time.perf_counter() - start, drawn + tokens]))
+                beside.replace(work / SPENT)
                 have |= {(t.problem_id, t.attempt): t for t in batch}
                 progress.step(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
     traces = [have[r.problem_id, r.attempt] for r in requests]
@@ -125,8 +127,3 @@ def spent(folder: Path) -> tuple[float, int]:
     except (FileNotFoundError, ValueError, TypeError):  # it may be damaged, as a part may
         return 0.0, 0
     return float(seconds), int(tokens)
-
-
-def _write_beside(path: Path, text: str) -> None:
-    path.with_suffix(".tmp").write_text(text)
-    path.with_suffix(".tmp").replace(path)
