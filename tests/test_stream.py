@@ -126,6 +126,21 @@ def test_weights_are_solved_as_they_are_stored_whatever_they_run_in(
     assert weights(tmp_path / "killed" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
 
 
+@pytest.mark.parametrize(("name", "content"), [("blocks", "{"), ("blocks", "[1]"), ("blocks", "{}"), ("ratios", "{")])
+def test_a_killed_prune_whose_notes_are_damaged_goes_on(
+    name: str, content: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    random_model().save_pretrained(tmp_path / "source")
+    source = Model("random", str(tmp_path / "source"), device="cpu")
+    given = (source, tokenizer, calibration(), uniform(Wanda(), HALF), Memory(1))
+    prune(*given, tmp_path / "whole")
+    with stopped_at(1):
+        prune(*given, tmp_path / "killed")
+    (tmp_path / "killed" / f"{name}.json").write_text(content)
+    prune(*given, tmp_path / "killed")
+    assert weights(tmp_path / "killed" / "checkpoint") == weights(tmp_path / "whole" / "checkpoint")
+
+
 def test_a_weight_beyond_float16_is_stored_as_it_was(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
     model.model.layers[0].mlp.down_proj.weight.data[3, 4] = 1e5

@@ -6,7 +6,9 @@ It stays with the result: what comes after the last block, such as the checksums
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ssgr.records import LayerResult, to_json
 from ssgr.stages.pruned import read_layer
 from ssgr.stages.walk import Walk
 
+_log = logging.getLogger("ssgr")
 _DONE, _RATIOS = "blocks.json", "ratios.json"
 
 
@@ -49,18 +52,26 @@ class Journal:
         file = self.work / _DONE
         if not file.exists():
             return []
-        found = json.loads(file.read_text())
-        if found["source"] != self.source:
+        try:
+            found = json.loads(file.read_text())
+            source, done = found["source"], [[read_layer(one) for one in layers] for layers in found["blocks"]]
+        except (ValueError, LookupError, TypeError) as error:
+            _log.warning("%s is damaged (%s); the prune begins again", file, error)
+            file.unlink()
+            return []
+        if source != self.source:
             raise changed(self.walk, self.work)
         self.walk.clock.begin(found.get("seconds", {}))
-        return [[read_layer(one) for one in layers] for layers in found["blocks"]]
+        return done
 
     def ratios(self, make: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The share of zeros of every matrix, made once."""
         file = self.work / _RATIOS
         made = None
         if self.walk.ranks.rank == 0:
-            made = json.loads(file.read_text()) if self.done and file.exists() else make()
+            with suppress(ValueError):  # damaged; what is made again is the same
+                made = json.loads(file.read_text()) if self.done and file.exists() else None
+            made = make() if made is None else made
             files.write_json(file, made)
         out: dict[str, float] = self.walk.ranks.tell(made, 0)
         return out
