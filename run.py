@@ -24,6 +24,7 @@ from ssgr.records import RunResult
 from ssgr.sweep import MANIFEST
 
 sys.path.append(str(Path(__file__).parent / "launchers"))  # where Hydra finds hydra_plugins
+logging.raiseExceptions = False  # a line that a full disk keeps out of run.log is no traceback on the terminal
 _log = logging.getLogger("ssgr")
 
 
