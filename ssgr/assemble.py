@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ssgr import results, tracker
+from ssgr.graph import ENDS
 from ssgr.queue import Records
 from ssgr.records import RunResult
 from ssgr.report import table
@@ -38,7 +39,7 @@ def _done(sweep: Sweep, store: Store, number: int) -> dict[str, Artefact] | None
         found = store.find(stage.folder, key, SMALL)
         if found is not None:
             out[name] = found
-        elif stage.kind in ("select", "prune", "evaluate"):
+        elif stage.kind in ENDS:
             return None
     return out
 

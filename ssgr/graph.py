@@ -6,11 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 KINDS = ("convert", "sample", "gather", "grade", "select", "collect", "prune", "evaluate")  # in the order of the flow
-_ENDS = (
-    "evaluate",
-    "prune",
-    "select",
-)  # what a cell's result is read from: its scores, its checkpoint, its calibration
+ENDS = ("evaluate", "prune", "select")  # what a cell's result is read from: its scores, its checkpoint, its calibration
 
 
 @dataclass(frozen=True)
@@ -56,7 +52,7 @@ class Graph:
     def missing(self, have: Callable[[Stage], bool]) -> list[Stage]:
         """The stages that must be made, given those that the store has: what only a stage that is there needs is not wanted."""
         wanted: set[str] = set()
-        needed = {key for keys in self.cells.values() for key in keys if self.stages[key].kind in _ENDS}
+        needed = {key for keys in self.cells.values() for key in keys if self.stages[key].kind in ENDS}
         for stage in reversed(self.stages.values()):
             if stage.key in needed and not have(stage):
                 wanted.add(stage.key)

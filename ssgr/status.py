@@ -16,7 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ssgr import sweep as sweeps
-from ssgr.graph import KINDS, Stage
+from ssgr.graph import ENDS, KINDS, Stage
 from ssgr.lease import beating
 from ssgr.queue import Queued, Records, ended
 from ssgr.store import Store
@@ -120,7 +120,7 @@ def cell_state(sweep: sweeps.Sweep, found: Mapping[str, State], number: int) -> 
     if number in sweep.refused:
         return f"refused: {sweep.refused[number]}"
     own = {key: found[key] for key in sweep.graph.cells[number]}
-    wanted = [one for key, one in own.items() if sweep.graph.stages[key].kind in ("select", "prune", "evaluate")]
+    wanted = [one for key, one in own.items() if sweep.graph.stages[key].kind in ENDS]
     if all(one.state == "done" for one in wanted):
         return "done"
     for key, one in own.items():
