@@ -1,1 +1,1 @@
-"""Launchers: how the cells of a sweep are run. Until the SLURM launcher is here, sweeps use Hydra's basic launcher."""
+"""Launchers: how the cells of a sweep are run, here or as jobs of a cluster, and what is typed after run.py."""

@@ -70,11 +70,7 @@ Heard = tuple[dict[str, str], dict[tuple[str, str], dict[str, Tensor]]]  # whose
 
 
 class Statistics:
-    """The statistics in `folder`.
-
-    Raises:
-        ValueError: those of a block are not there.
-    """
+    """The statistics in `folder`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
