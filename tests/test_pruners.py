@@ -289,9 +289,18 @@ def test_a_failing_cholesky_raises_damping_step_by_step_and_says_so(caplog: pyte
     assert "model.layers.3.mlp.down_proj" in caplog.text
 
 
+def test_as_many_conjugate_gradients_as_weights_are_kept_solve_for_them() -> None:
+    h_II = torch.diag(torch.tensor([1.0, 4.0, 9.0, 16.0])) + 0.5
+    dense_OI, kept_OI = torch.tensor([[1.0, -2.0, 3.0, 4.0]]), torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    wanted_I = torch.linalg.solve(h_II[:3, :3], h_II[:3] @ dense_OI[0])
+    assert torch.allclose(refit(kept_OI, dense_OI, h_II, 3)[0], torch.cat([wanted_I, torch.zeros(1)]), atol=1e-5)
+
+
 def test_hopeless_statistics_are_an_error() -> None:
-    with pytest.raises(ValueError, match=r"layer: .*NaN or infinity"):
-        inverse_factor(torch.full((4, 4), float("nan")), 0.01, "layer")
+    bad = Moments(9.0, torch.zeros(4), torch.ones(4), torch.full((4, 4), float("nan")))
+    for pruner in (SparseGPT(), ALPS()):
+        with pytest.raises(ValueError, match=r"layer: .*NaN or infinity"):
+            pruner.prune([torch.ones(4, 4)], bad, [Unstructured(0.5)], ["layer"])
     with pytest.raises(ValueError, match="layer: the Hessian stays indefinite"):
         inverse_factor(-torch.eye(4), 0.01, "layer")
 
