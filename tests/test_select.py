@@ -21,7 +21,7 @@ from ssgr.difficulty import Difficulty, wrong_shares
 from ssgr.length import Length
 from ssgr.records import CalibrationSet, Graded, Row, Trace, Unread, Verdict
 from ssgr.scope import BOTH, Scope, streams
-from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, left_over, match
+from ssgr.select import Budget, Candidates, Policy, draw, eligible, fit_rows, left_over, match, shorten
 from ssgr.stages import select
 from tests.conftest import TINY
 
@@ -145,12 +145,17 @@ def test_held_out_rows_are_none_of_those_that_were_drawn() -> None:
     drawn = draw(candidates, Budget(tokens=200), 0)
     held_out = left_over(candidates, drawn, 50, 0)
     assert not {r.id for r in held_out} & {r.id for r in drawn} and 25 < sum(map(len, held_out)) <= 50
+    assert held_out != left_over(candidates, drawn, 50, 1)
     assert left_over(candidates, candidates.rows, 50, 0) == ()
     attempts = tuple(replace(row, id=f"p{i % 3}#{i}") for i, row in enumerate(candidates.rows))
     held_out = left_over(replace(candidates, rows=attempts, attempts=True), attempts[:2], 10**6, 0)
     assert {row.id[:3] for row in held_out} == {"p2#"}, "nor are other attempts at the same problems"
     prompts = replace(candidates, rows=tuple(replace(row, id=f"set#{row.id}") for row in candidates.rows))
     assert left_over(prompts, prompts.rows[:1], 50, 0), "of prompts each is a problem, whatever signs its id has"
+    windows = replace(rows([10, 10]), windowed=True)
+    assert [[len(row) for row in left_over(windows, (), n, 0)] for n in (11, 12)] == [[10], [10, 2]], (
+        "no row of one token"
+    )
 
 
 def test_funnel_counts_every_filter() -> None:
@@ -217,9 +222,9 @@ def test_rows_that_repeat_another_are_counted_and_told_of(caplog: pytest.LogCapt
 
 
 def test_an_empty_selection_prints_its_funnel_and_the_nearest_setting() -> None:
-    easy = [graded(f"p{i}", a, a > 0, 10) for i in range(4) for a in range(8)]
+    easy = [graded(f"p{i}", a, a > i % 2, 10) for i in range(4) for a in range(8)]  # wrong: an eighth, or two
     with pytest.raises(
-        ValueError, match=r"32 graded -> 28 right -> 0 difficulty hard.*type difficulty\.low=0\.120"
+        ValueError, match=r"32 graded -> 26 right -> 0 difficulty hard.*type difficulty\.low=0\.245"
     ) as e:
         eligible(easy, "right", Policy(HARD, EVERY))
     low = float(str(e.value).split("difficulty.low=")[1].split()[0])
@@ -301,6 +306,24 @@ def test_balanced_bands_have_one_mix_of_levels() -> None:
         assert all(abs(part - 0.25) < 0.04 for part in share.values()), mixes
 
 
+@pytest.mark.parametrize(("hardest", "thirds", "lacking"), [(9, [0, 0, 1, 2, 2], None), (3, [0, 0], "1, 2")])
+def test_thirds_of_length_are_those_of_all_that_have_the_verdict(
+    hardest: int, thirds: list[int], lacking: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    easy = lambda n: n % 2 == 0 or n > hardest
+    traces = [g for n in range(1, 10) for g in (graded(f"p{n}", 0, True, n), graded(f"p{n}", 1, easy(n), n))]
+    with caplog.at_level("WARNING", "ssgr"):
+        assert eligible(traces, "right", Policy(HARD, EVERY, "length")).strata == tuple(thirds)
+    assert [text.split(" third ")[1].split(", so")[0] for text in caplog.messages] == ([lacking] if lacking else [])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_fills_a_balanced_draw_is_of_the_stratum_whose_row_it_replaces(seed: int) -> None:
+    few = replace(rows([4, 4, 4, 4, 7]), strata=("a", "a", "a", "b", "b"))
+    found = draw(few, Budget(tokens=15), seed)
+    assert sorted(map(len, found)) == [4, 4, 7] and sum(row in few.rows[:3] for row in found) == 2
+
+
 def test_a_balanced_draw_beyond_a_stratum_is_refused() -> None:
     candidates = eligible(pool(problems=400), "right", Policy(ANY, EVERY, "level"))
     total = sum(map(len, candidates.rows))
@@ -328,12 +351,19 @@ def test_the_control_matches_rows_and_tokens() -> None:
     assert sum(map(len, control)) == sum(map(len, chosen))
     assert len({row.id for row in control}) == len(control)
     assert {row.id for row in control} != {row.id for row in chosen}
+    for seed in range(5):
+        assert sum(map(len, match(rows([10] * 50 + [20] * 50), 20, 400, seed))) == 400, "many are exchanged"
+        assert sum(map(len, match(rows([10] * 199 + [13]), 2, 23, seed))) == 23, "the one that fits is found"
 
 
 @pytest.mark.parametrize("bad", [{"tokens": None}, {"tokens": 5, "rows": 5}, {"tokens": 0}, {"overlong": "cut"}])
 def test_bad_budgets_are_refused(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="budget"):
         Budget(**bad)  # type: ignore[arg-type]
+
+
+def test_of_a_row_that_is_cut_in_its_prompt_all_is_prompt() -> None:
+    assert [shorten(Row((1,) * 9, 5, "a"), n).prompt_tokens for n in (3, 7)] == [3, 5]
 
 
 def test_rows_longer_than_the_whole_budget_are_counted() -> None:
