@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import hydra
 import pytest
@@ -18,7 +20,10 @@ from ssgr.allocation import Allocation, Seen
 from ssgr.allocation.owl import OWL, bounded
 from ssgr.allocation.uniform import Uniform
 from ssgr.allocation.whole import Whole
-from ssgr.sparsity import Unstructured
+from ssgr.pruner.wanda import Wanda
+from ssgr.scope import BOTH
+from ssgr.sparsity import NM, Unstructured
+from ssgr.stages import allocate
 
 CONF = Path(__file__).parent.parent / "conf"
 RATIOS = (0.001, 0.05, 0.5, 0.73, 0.999)
@@ -269,3 +274,14 @@ def test_the_yaml_is_the_published_setting(choice: str, want: Allocation) -> Non
     got = hydra.utils.instantiate(cfg.allocation, _convert_="all")
     assert got == want and got.name == choice
     assert want.needs == {"uniform": "nothing", "owl": "norms", "global": "scores"}[choice]
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "share", "said"),
+    [(Unstructured(0.5), 1.0, "would leave no weight in w"), (NM(2, 4), 0.4, "is the same in every layer")],
+)
+def test_a_share_that_cannot_be_is_refused(sparsity: Any, share: float, said: str) -> None:
+    given: Any = SimpleNamespace(name="own", needs="nothing", ratios=lambda look, sizes, ratio: {"w": share})
+    unread: Any = None
+    with pytest.raises(ValueError, match=said):
+        allocate.ratios(given, unread, [], None, Wanda(), sparsity, BOTH)
