@@ -34,7 +34,7 @@ from ssgr.records import StageRun
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
 ALWAYS_CHECKSUMMED = 64 * 2**20  # bytes a result: a fraction of a second; a larger one is checksummed once a process
-SMALL = 4 * 2**20  # bytes a file: what tables are made of, and a driver checks of every result of a grid
+SMALL = 256 * 2**10  # bytes a file: notes, scores and small tables, which a driver checks of every result of a grid
 POLL_SECONDS = (0.2, 2.0)  # first and longest pause of a waiter; it grows, as a grid may wait with hundreds
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
