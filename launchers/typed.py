@@ -87,6 +87,8 @@ def _of_another(key: str, overrides: list[str]) -> list[str]:
     """Of an option that the choice of its group lacks, those that have it: Hydra advises to append it, which leads nowhere."""
     group = key.partition(".")[0]
     names = sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    if not any(f"{key.rpartition('.')[2]}:" in file.read_text() for file in CONF.rglob("*.yaml")):
+        return []  # as what is mistyped, for which nothing needs to be composed
     with suppress(HydraException, OmegaConfBaseException), initialize_config_dir(str(CONF), version_base="1.3"):
         if key != group and names and not _has([o for o in overrides if o.split("=")[0] in (group, "experiment")], key):
             have = "|".join(name for name in names if _has([f"{group}={name}"], key))
