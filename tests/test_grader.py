@@ -243,7 +243,7 @@ def test_math_agrees_with_collected_cases() -> None:
     grades = MathVerify(seconds=60).grade([(c["gold"], c["pred"]) for c in cases])
     agree = sum((g.verdict is RIGHT) == c["expected"] for g, c in zip(grades, cases, strict=True))
     accepted = sum(g.verdict is RIGHT and not c["expected"] for g, c in zip(grades, cases, strict=True))
-    assert agree >= 197, f"{agree} of {len(cases)}; 199 of 220 were measured with Math-Verify 0.9.0"
+    assert agree >= 198, f"{agree} of {len(cases)}; 200 of 220 were measured with Math-Verify 0.9.0"
     assert accepted <= 2
 
 
@@ -262,9 +262,9 @@ def test_math_agrees_with_the_labels_of_whole_responses() -> None:
     assert dict(count) == {"GSM8K test": 424, "MATH-500": 267, "Minerva math": 131}
     least = {
         "GSM8K test": 424,
-        "MATH-500": 263,
+        "MATH-500": 264,
         "Minerva math": 112,
-    }  # 424, 264 and 114 were measured with Math-Verify 0.9.0
+    }  # 424, 265 and 114 were measured with Math-Verify 0.9.0
     assert all(agree[source] >= wanted for source, wanted in least.items()), agree
 
 
@@ -290,6 +290,11 @@ WRITTEN = [
     ("\\text{7 a.m.}", "\\boxed{\\text{7 a.m.}}", RIGHT),
     ("5\\text{ m}", "5", RIGHT), ("7", "\\boxed{3}. Wait, that is wrong.\n\n\\boxed{7}", RIGHT),
     ("3, 4", "\\boxed{3} and \\boxed{4}", RIGHT), ("3, 4", "$x=\\boxed{3}$, $y=\\boxed{4}$", RIGHT),
+    *((gold, f"\\boxed{{{answer}}}", RIGHT) for gold in ("60", "60\\%", "60%", "0.6") for answer in ("60\\%", "60 %")),
+    ("6", "\\boxed{60\\%}", WRONG), ("60\\%", "\\boxed{0.6}", RIGHT),
+    *(("5", f"Not $5$, nor $x = 5$: $\\boxed{{{odd}}}$.", None) for odd in ("?", "8=", "8\\times", "x^{", "8_{\\text{six}}")),
+    ("5", "It is $5$, so \\boxed{}", RIGHT), ("5", "Not $4$: \\(\\fbox{5}\\)", RIGHT),
+    ("7", "\\boxed{3} men. The final answer is $7$. I hope it is correct.", RIGHT),
     ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
 ]  # fmt: skip
 

@@ -43,7 +43,8 @@ _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is t
 )
 # A full stop at the end of what is in braces, not of a.m.
 _STOP = re.compile(r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})")
-_BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{"), re.compile(r"[{}]")
+_BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})"), re.compile(r"[{}]")
+_CLOSES = re.compile(r"\\[)\]]|(?<!\\)\$\$?")
 _LETTER = re.compile(
     r"\d([A-Za-z])\s*\$?\s*$"
 )  # the last factor of a gold answer, which Math-Verify may take for a unit
@@ -234,6 +235,7 @@ def _serve(seconds: float, memory_gib: float) -> None:
             from sympy.core.cache import clear_cache  # type: ignore[import-untyped]
 
             two_stages()
+            percents()
             _verdict("1", "$1$")  # compiles the patterns, which is not to be charged to the first answer
         except ImportError as error:
             print(json.dumps({"error": str(error)}), file=replies, flush=True)
@@ -285,6 +287,15 @@ def two_stages() -> None:
     reader.create_parser, reader.parse = create_parser, parse_twice
 
 
+def percents() -> None:
+    """Let a number with a percent sign be read: latex2sympy2_extended asks each atom first for a name that atoms lack."""
+    from latex2sympy2_extended import latex2sympy2
+
+    atom = getattr(getattr(latex2sympy2, "PSParser", None), "AtomContext", None)
+    if atom is not None and not hasattr(atom, "FUNC_GAMMA"):
+        atom.FUNC_GAMMA = lambda _: None
+
+
 def _bound_memory(gib: float) -> int | None:
     """Limit the address space to what is in use and `gib` more: the bytes at half of that, None if there is no limit.
 
@@ -323,7 +334,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         gold, answer = (_STOP.sub("", text) for text in (gold, answer))
         gold, answer = (_SPACED.sub(lambda found: re.sub(r"[\\,; ~]", "", found[0]), text) for text in (gold, answer))
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
-        answer = answer[_earlier_boxes(answer) :]
+        answer = _from_boxes(answer)
         golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
         answer = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer
         found = _whole(parse(f"${answer}$" if _all_latex(answer) else answer))
@@ -360,14 +371,23 @@ def _told(answer: str) -> str:
     return answer[boxes[-1] : _end_of_box(answer, boxes[-1])] if boxes else answer
 
 
-def _earlier_boxes(answer: str) -> int:
-    """Where the boxes end that words part from the last ones: Math-Verify would read all that stand close as one answer."""
+def _from_boxes(answer: str) -> str:
+    """What begins with the last box, or those before it that no words part from it; without a box, all of the answer.
+
+    Math-Verify would read all boxes that stand close as one answer and, where it cannot read a box, what is before it.
+    """
     boxes = [found.span() for found in _BOX.finditer(answer)]
-    for (_, inside), (start, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        end = _end_of_box(answer, inside)
+    if not boxes:
+        return answer
+    first, inside = boxes[0]
+    for (_, before), (start, after) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        end = _end_of_box(answer, before)
         if end < start and _BETWEEN.search(answer, end, start):
-            return end
-    return 0
+            first, inside = start, after
+            break
+    closes = _CLOSES.search(answer, _end_of_box(answer, inside))  # the formula of which the first box is a part
+    opens = closes[0].translate({ord(")"): "(", ord("]"): "["}) if closes else ""
+    return opens + _BOX.sub(r"\\boxed{", answer[first:])
 
 
 def _end_of_box(answer: str, at: int) -> int:
