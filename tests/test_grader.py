@@ -293,6 +293,12 @@ WRITTEN = [
     *((gold, f"\\boxed{{{answer}}}", RIGHT) for gold in ("60", "60\\%", "60%", "0.6") for answer in ("60\\%", "60 %")),
     ("6", "\\boxed{60\\%}", WRONG), ("60\\%", "\\boxed{0.6}", RIGHT),
     *(("5", f"Not $5$, nor $x = 5$: $\\boxed{{{odd}}}$.", None) for odd in ("?", "8=", "8\\times", "x^{", "8_{\\text{six}}")),
+    *((gold, f"$\\boxed{{{answer}}}$", RIGHT) for gold, answer in (
+        ("66", "66~\\text{kg}"), ("66", "66°"), ("66^\\circ", "66\\degree"), ("20", "20°\\text{C}"),
+        ("\\frac{5}{9}", "0.\\overline{5}"),
+        ("0.\\overline{5}", "\\frac{5}{9}"), ("-\\frac{7}{6}", "-1.1\\bar{6}"), ("7.5\\%", "7.5"), ("7.5", "7.5\\%"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix} 1 \\\\[4pt] 2 \\end{pmatrix}"))),
+    ("0.\\overline{5}", "\\boxed{0.5}", WRONG), ("0.\\overline{54}", "\\boxed{0.5\\overline{4}}", WRONG),
     ("5", "It is $5$, so \\boxed{}", RIGHT), ("5", "Not $4$: \\(\\fbox{5}\\)", RIGHT),
     ("7", "\\boxed{3} men. The final answer is $7$. I hope it is correct.", RIGHT),
     ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),

@@ -41,6 +41,12 @@ _BETWEEN = re.compile(  # a word, where only and, or, units and signs part the b
 _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is there
     r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
 )
+_SAME = (  # signs that LaTeX sets alike, of which Math-Verify reads the second
+    (re.compile(r"~(?!=)"), r"\ "),
+    (re.compile(r"\^?(?:°|\\degree(?![A-Za-z]))"), r"^{\circ}"),
+    (re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]"), r"\\"),
+)
+_REPEATING = re.compile(r"(?<!\d)(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,30})\}")
 # A full stop at the end of what is in braces, not of a.m.
 _STOP = re.compile(r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})")
 _BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})"), re.compile(r"[{}]")
@@ -333,6 +339,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     try:
         gold, answer = (_STOP.sub("", text) for text in (gold, answer))
         gold, answer = (_SPACED.sub(lambda found: re.sub(r"[\\,; ~]", "", found[0]), text) for text in (gold, answer))
+        gold, answer = (_alike(text) for text in (gold, answer))
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
         answer = _from_boxes(answer)
         golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
@@ -347,6 +354,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
     if not found:
         return Verdict.NO_ANSWER, None, None
     text, raised = str(found[-1]), ""
+    golds, found = (numbers + _of_percents(numbers) for numbers in (golds, found))
     if (last := _LETTER.search(gold)) and _bare(golds) and _bare(found) and last[1] not in _told(answer):
         return Verdict.WRONG, text, None
     for one_gold, one in product(golds, found):
@@ -358,6 +366,25 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         except Exception as error:
             raised = f"comparing raised {type(error).__name__}"
     return (Verdict.GRADER_FAILED if raised else Verdict.WRONG), text, raised or None
+
+
+def _alike(text: str) -> str:
+    """The text with each thing written in one way: spaces, degrees, the rows of a matrix, repeating decimals."""
+    for signs, one in _SAME:
+        text = signs.sub(lambda _, one=one: one, text)  # type: ignore[misc]
+    return _REPEATING.sub(_fraction, text)
+
+
+def _fraction(repeating: re.Match[str]) -> str:
+    """0.1\\overline{6} as (16 - 1) / 90."""
+    whole, once, again = repeating.groups()
+    above = int(whole + once + again) - int(whole + once)
+    return rf"\frac{{{above}}}{{{10 ** len(once) * (10 ** len(again) - 1)}}}"
+
+
+def _of_percents(found: Sequence[Any]) -> list[Any]:
+    """The numbers before percent signs: Math-Verify takes 7 % for 7, but not 7.5 % for 7.5."""
+    return [one.args[0] for one in found if str(one).endswith("*(1/100)") and getattr(one.args[0], "is_Float", False)]
 
 
 def _bare(found: Sequence[Any]) -> bool:
