@@ -111,6 +111,8 @@ def test_what_is_searched_of_a_response_is_said_on_the_command_line(tmp_path: Pa
         ("\\boxed{a dog}", None), ("\\boxed{x=2} so C", "C"), ("The answer is A, since option C is false", "A"),
         ("The answer is I think B", "B"), ("The answer is I.", "I"), ("the answer is option C, not choice D", "C"),
         ("The answer is A. No, the answer is B, as option A is odd", "B"), ("Option C", "C"),
+        *((f"The answer {one}, not C", "B") for one in ("is 'B'", 'is "B"', "is `B`", "is \u201cB\u201d", "must be B")),
+        ("The answer is A's brother, B", "B"),
         ("The answer is Berlin", None), ("The final answer is $\\boxed{A}$. I hope so", "A"),
     ],
 )  # fmt: skip

@@ -10,10 +10,10 @@ from ssgr.grader import Grade
 from ssgr.records import Verdict
 
 # Nothing that is repeated is given back (*+), so that the time is linear in the text.
-_BEFORE = r"[(\[{*$ ]*+(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?"
-_LETTER = _BEFORE + r"((?!I\s[a-z])[A-Z])(?![A-Za-z'\u2019])"  # I with a word behind it is a word
+_BEFORE = r"[(\[{*$ \"'`\u201c\u2018]*+(?:\\(?:text|textbf|mathrm|mathbf){)?[(]?"
+_LETTER = _BEFORE + r"((?!I\s[a-z])[A-Z])(?!['\u2019]?[A-Za-z])"  # I with a word behind it is a word
 _OPTION = r"(?i:answer|choice|option)[*_]*+\s*+"
-_IS = r"(?i:(?:is|would be)\s*+:?|[:=])[*_]*+\s*+(?i:(?:the )?(?:option|choice)\s++)?"
+_IS = r"(?i:(?:is|(?:would|should|must) be)\s*+:?|[:=])[*_]*+\s*+(?i:(?:the )?(?:option|choice)\s++)?"
 _STATED = (  # the surest first; of each the last in the text counts
     re.compile(rf"\\boxed\s*{{(?:{_LETTER}|{_BEFORE}([a-z])(?=\s*[)\].:}}]))"),
     re.compile(_OPTION + _IS + _LETTER),
