@@ -401,9 +401,15 @@ def cut_sooner(answer: dict[str, Any]) -> None:
     answer["choices"][0] |= {"token_ids": [5] * 59, "finish_reason": "length"}
 
 
+def echoed(answer: dict[str, Any]) -> None:
+    answer["choices"][0]["token_ids"] = [5, 6, 7, 8, 5, 6]
+    answer["usage"]["completion_tokens"] = 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
+        (echoed, "has 7 tokens, and the server counts 2: does it echo the prompt"),
         (none_drawn, "is empty; look at the server's log"),
         (another_vocabulary, "has the token id 151643, and the model's vocabulary is 512: is it another model"),
         (too_many, "has 61 tokens, and 60 were asked for"),
@@ -487,6 +493,17 @@ def test_no_server_is_one_sentence(tokenizer: PreTrainedTokenizerBase) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     with pytest.raises(ValueError, match=r"does not answer \(ConnectError.*type sampler.engine.url=http://HOST"):
         ask(url, tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("ALL_PROXY", "nonsense://127.0.0.1:9"), ("SSL_CERT_FILE", "no such file")]
+)
+def test_an_environment_that_no_client_can_use_is_one_sentence(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"url=http://127.0.0.1:1/v1 cannot be asked .*unset or mend ALL_PROXY"):
+        ask("http://127.0.0.1:1/v1", tokenizer)
 
 
 @pytest.mark.parametrize(

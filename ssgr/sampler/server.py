@@ -95,7 +95,14 @@ class ServerSampler:
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         stop = stop_ids(checkpoint.generation(), tokenizer)
         limits = httpx.Limits(max_connections=self.concurrency)
-        with httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits) as client:
+        try:
+            opened = httpx.Client(base_url=self.url, headers=headers, timeout=self.timeout, limits=limits)
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise ValueError(
+                f"sampler.engine.url={self.url} cannot be asked ({first_line(error)[:200]}); unset or mend ALL_PROXY, "
+                "HTTP_PROXY, HTTPS_PROXY and SSL_CERT_FILE, or name the server's host in NO_PROXY"
+            ) from error
+        with opened as client:
             name, context = self._model(client)
             check_room(context, requests, decoding)
             ask = _Asking(self, client, name, tokenizer, decoding, stop)
@@ -217,6 +224,11 @@ class _Asking:
             raise self._refused(
                 request,
                 f"was cut at {drawn} of {most} tokens: start the server with a longer context, or lower max_new_tokens",
+            )
+        count = usage.get("completion_tokens")
+        if told is not None and isinstance(count, int) and len(ids) > count + 1:  # some do not count what ended it
+            raise self._refused(
+                request, f"has {len(ids)} tokens, and the server counts {count}: does it echo the prompt?"
             )
         return tuple(ids)
 
