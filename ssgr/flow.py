@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
@@ -90,15 +91,38 @@ class Flow:
         name: str,
         stage: str,
         version_: int,
-        config: object,
+        config: dict[str, Any],
         inputs: dict[str, str],
         make: Callable[[Path], None],
         parts: Sequence[str] = (),
     ) -> Artefact:
-        """A stage that reads `inputs`, and if it is made of `parts`, those."""
-        key = keys.key(stage, version_, config, inputs)
+        """A stage that reads `inputs`, and if it is made of `parts`, those.
+
+        Raises:
+            ValueError: a file that its key was made of is no longer what it was.
+        """
+        known = {k: keys.describe(v) for k, v in config.items()}
+        key = keys.key(stage, version_, known, inputs)
         self.planned.append(Planned(name, stage, key, (*inputs.values(), *parts)))
-        self.done[name] = artefact = self.shelf.run(stage, key, make, config=config, inputs=inputs)
+
+        def check() -> None:
+            now = {k: keys.describe(v.again() if isinstance(v, Model) else v) for k, v in config.items()}
+            if changed := " and ".join(k for k, v in now.items() if v != known[k]):
+                raise ValueError(
+                    f"{name}: files of the {changed} changed since this run began, and nothing is made of old and new ones; "
+                    "give the command again"
+                )
+
+        def checked(work: Path) -> None:
+            check()
+            make(work)
+            try:
+                check()
+            except ValueError:
+                shutil.rmtree(work)  # or the next attempt would go on with it
+                raise
+
+        self.done[name] = artefact = self.shelf.run(stage, key, checked, config=known, inputs=inputs)
         return artefact
 
     def sampled(

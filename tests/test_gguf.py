@@ -241,6 +241,9 @@ def test_it_is_converted_once(
     assert made and again and made.key == again.key and model.fingerprint == same.fingerprint
     with pytest.raises(ZeroDivisionError):
         gguf.stored(Model("x", str(moved), dtype="float16"), store)
+    monkeypatch.setattr(gguf, "convert", lambda *a: {"checksum": "that of other bytes"})
+    with pytest.raises(ValueError, match="the file changed while it was converted"):
+        gguf.stored(Model("x", str(moved), dtype="float16"), store)
     assert gguf.stored(model, store) == (model, None)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ssgr.flow import Flow
+from ssgr.model import Model
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Problem, Trace
 from ssgr.sampler import Decoding, Request, stop_ids
@@ -302,6 +305,31 @@ def test_replay_takes_saved_traces_whole_whatever_was_replayed_before(
         how = (ReplaySampler(str(tmp_path / "saved.parquet")), Decoding(1, 0.6, 0.95, 8, 0), None)
         made, _ = Flow(x, Store(tmp_path / "store")).sampled("sample", problems, "calibration", *how)
     assert [(len(t.generated_ids), t.finish) for t in read_traces(made.path / "traces.parquet")] == [(40, "stop")] * 4
+
+
+@pytest.mark.parametrize("changed", ["model", "sampler"])
+def test_nothing_is_made_of_files_that_change_during_a_run(
+    changed: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A key says which files were read first: what is made of others must never lie under it."""
+    shutil.copytree(TINY.files(), tmp_path / "model")
+    ids = TINY.prompt_ids(tokenizer, "1+1?")
+    write_traces(tmp_path / "saved.parquet", [Trace("p", 0, ids, (5,) * 4, "stop", 0)])
+    problems: Any = SimpleNamespace(read=lambda split: [Problem("p", "1+1?", "2", "test")])
+    x: Any = SimpleNamespace(model=Model("m", str(tmp_path / "model")), shard=None)
+    flow = Flow(x, Store(tmp_path / "store"))
+    how = (ReplaySampler(str(tmp_path / "saved.parquet")), Decoding(1, 0.6, 0.95, 8, 0), None)
+    file = tmp_path / ("saved.parquet" if changed == "sampler" else "model/model.safetensors")
+
+    def change(*_: object) -> None:
+        content, stat = file.read_bytes(), file.stat()
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+    monkeypatch.setattr("ssgr.stages.sample.sample", change)
+    with pytest.raises(ValueError, match=f"files of the {changed} changed since this run began"):
+        flow.sampled("sample", problems, "calibration", *how)
+    assert not [*(tmp_path / "store" / "sample").glob("*/")]
 
 
 @pytest.mark.parametrize("suffix", [".parquet", ".jsonl"])

@@ -9,7 +9,7 @@ import logging
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -92,6 +92,10 @@ class Model:
         for file in sorted([*beside(self.directory), *self.directory.glob("*.safetensors")]):
             whole.update(f"{file.relative_to(self.directory)}\n{checksum(file)}\n".encode())
         return whole.hexdigest()
+
+    def again(self) -> Model:
+        """The same, that looks anew at its files; those of a hub's commit never change."""
+        return self if self.directory is None else replace(self)
 
     def _commit(self) -> str:
         from huggingface_hub import HfApi
@@ -332,12 +336,14 @@ def locate(path: str) -> Path:
 def checksum(file: Path) -> str:
     """What the content of `file` is."""
     stat = file.stat()
-    return _checksum_of(file.resolve(), stat.st_size, stat.st_mtime_ns)
+    return _checksum_of(file.resolve(), stat.st_size, (stat.st_mtime_ns, stat.st_ctime_ns))
 
 
 @cache  # the cells of a grid ask again and again
-def _checksum_of(file: Path, size: int, changed: int) -> str:
-    """That of a large file is read once: other processes find it in the user's cache, by path, size and time of change."""
+def _checksum_of(file: Path, size: int, changed: tuple[int, int]) -> str:
+    """That of a large file is read once: other processes find it in the user's cache, by path, size and times of change, of
+    which nobody sets the second.
+    """
     if size <= _READ_ALWAYS:
         return _read(file, size)
     name = hashlib.sha256(f"{file}\n{size}\n{changed}".encode()).hexdigest()

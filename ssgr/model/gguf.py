@@ -44,7 +44,10 @@ def stored(model: Model, store: Store) -> tuple[Model, Artefact | None]:
     config = {"file": checksum(file), "dtype": model.dtype}
 
     def make(work: Path) -> None:
-        (work / RESULT).write_text(json.dumps(convert(file, work / CHECKPOINT, model.dtype), indent=1))
+        made = convert(file, work / CHECKPOINT, model.dtype)
+        if made["checksum"] != config["file"]:
+            raise ValueError(f"model.path={file}: the file changed while it was converted; give the command again")
+        (work / RESULT).write_text(json.dumps(made, indent=1))
 
     artefact = store.run(STAGE, keys.key(STAGE, VERSION, config, {}), make, config=config)
     return dataclasses.replace(model, path=str(artefact.path / CHECKPOINT)), artefact
