@@ -171,6 +171,16 @@ def test_the_leaderboard_sorts_by_keyboard(browser: Any, built: tuple[page.Repor
     assert before != sorted(before)
 
 
+def test_sparsities_sort_by_their_zeros(browser: Any, tmp_path: Path) -> None:
+    folder = sweep(tmp_path, [{"ratio": 0.3}, {"ratio": 0.6}, {"pattern": "2:4"}, {"pattern": "1:4", "ratio": 0.75}], 2)
+    page.write(page.gather(*page.find([folder])), folder / "report.html")
+    opened(browser, folder / "report.html")
+    heads = browser.find_elements("css selector", ".board thead button")
+    i = [head.text for head in heads].index("sparsity")
+    heads[i].click()
+    assert column(browser, i) == ["30 %", "2:4", "60 %", "1:4", ""]
+
+
 def test_filters_by_text_and_field_reach_table_and_figure(browser: Any, built: tuple[page.Report, Path]) -> None:
     opened(browser, built[1])
     draw_all(browser)

@@ -158,9 +158,13 @@
     const heads = $$("thead th", board);
     const fields = JSON.parse($(".names", board).textContent);
     const value = (row, i) => row.cells[i].dataset.value;
+    const number = (text) => { // of a sparsity, such as 30 % or 2:4, its zeros
+      const pattern = /^(\d+):(\d+)$/.exec(text);
+      return pattern ? 100 * (1 - pattern[1] / pattern[2]) : Number(text.replace(/ %$/, ""));
+    };
     const order = (a, b) => {
       if (a === "" || b === "") return (a === "") - (b === "");
-      const [x, y] = [Number(a), Number(b)];
+      const [x, y] = [number(a), number(b)];
       return Number.isNaN(x) || Number.isNaN(y) ? a.localeCompare(b, "en", { numeric: true }) : x - y;
     };
     heads.forEach((head, i) => $("button", head).addEventListener("click", () => {
