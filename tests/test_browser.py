@@ -158,6 +158,15 @@ def column(browser: Any, i: int) -> list[str]:
     return found
 
 
+def test_paper_has_the_figures_that_nobody_scrolled_to(browser: Any, built: tuple[page.Report, Path]) -> None:
+    opened(browser, built[1])
+    browser.execute_script(
+        "addEventListener('afterprint', () => { window.printed = document.querySelectorAll('.chart svg').length; })"
+    )
+    browser.execute_cdp_cmd("Page.printToPDF", {})
+    assert browser.execute_script("return window.printed") == len(built[0].figures)
+
+
 def test_the_leaderboard_sorts_by_keyboard(browser: Any, built: tuple[page.Report, Path]) -> None:
     opened(browser, built[1])
     heads = browser.find_elements("css selector", ".board thead button")

@@ -93,6 +93,7 @@
     }
   }, { rootMargin: "200px" });
   $$(".figure").forEach((figure) => seen.observe(figure));
+  addEventListener("beforeprint", () => $$(".figure").filter((figure) => !drawing.has(figure)).forEach(draw));
   window.ssgr = { drawn, draw };
 
   const quoted = (value) => {
