@@ -90,6 +90,11 @@ def test_csv_table_and_page_have_the_numbers_of_the_comparison(tmp_path: Path) -
         assert re.sub(r" !$| \?$", "", same["difference to dense"]).split("]")[0] + "]" in values
 
 
+def test_one_attempt_is_no_attempts(tmp_path: Path) -> None:
+    facts = dict(ran.facts(report(sweep(tmp_path, [{}])).cells))
+    assert facts["benchmarks"] == ["held_out: 12 problems × 1 attempt"]
+
+
 def test_doubt_stands_in_words_beside_each_difference_that_may_be_zero(tmp_path: Path) -> None:
     found = report(sweep(tmp_path, grid(calib=["ssgr", "matched"], ratio=[0.1, 0.9], draw=[0, 1]), problems=40))
     doubts = {

@@ -88,9 +88,11 @@ def _model(cell: Cell) -> str:
 
 def _bench(cell: Cell) -> str:
     score = cell.score["dense"]
-    if "attempts" not in score:
-        return f"{cell.fields['bench']}: {score.get('items', '?')} items"
-    return f"{cell.fields['bench']}: {score.get('problems', '?')} problems × {score['attempts']} attempts"
+    each = [
+        f"{score.get(f'{what}s', '?')} {what}{'' if score.get(f'{what}s') == 1 else 's'}"
+        for what in (("problem", "attempt") if "attempts" in score else ("item",))
+    ]
+    return f"{cell.fields['bench']}: {' × '.join(each)}"
 
 
 def _problems(cell: Cell) -> str:
