@@ -394,6 +394,15 @@ def test_a_cell_that_began_and_left_nothing_is_listed(tmp_path: Path, capsys: py
     assert f"its log is {folder / '2' / 'run.log'}" in (tmp_path / "page.html").read_text()
 
 
+def test_cells_that_a_killed_sweep_had_not_begun_are_told(tmp_path: Path) -> None:
+    folder = sweep(tmp_path / "s", [{}])
+    (folder / "multirun.yaml").touch()
+    (told,) = page.find([tmp_path])[1]
+    assert told.startswith(f"the sweep in {folder} was stopped, or still runs")
+    ran.record(folder, [], "", "", ["0"])
+    assert page.find([tmp_path])[1] == []
+
+
 def test_a_page_that_fails_warns_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = sweep(tmp_path, [{}])
     (folder / page.FILE).mkdir()

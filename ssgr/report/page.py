@@ -19,6 +19,7 @@ from ssgr.report.cells import Cell, natural, read, result_files, told_apart
 from ssgr.report.drawing import metric_title
 from ssgr.report.figures import Absent, Figure
 from ssgr.report.groups import Group, by_sweep, groups, sweep_of
+from ssgr.sweep import COMMAND, MANIFEST
 
 FILE, FIGURES = "report.html", "figures"  # what a sweep leaves in its folder
 _log = logging.getLogger("ssgr")
@@ -60,6 +61,11 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
             holes.append(str(error))
     if unfinished:
         holes += [hole for path in given if path.is_dir() for hole in _unfinished(path)]
+        holes += [
+            f"the sweep in {folder} was stopped, or still runs: cells that it had not begun are not known; give its command again"
+            for folder in dict.fromkeys(sweep_of(cell.path) for cell in cells)
+            if folder and not (folder / COMMAND).exists() and not (folder / MANIFEST).exists()
+        ]
     if not cells:
         why = f"; {holes[0]}" if holes else ""
         raise ValueError(
