@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ssgr.errors import unless_closed
+
 COMMANDS = {
     "report": ("ssgr.report.__main__", "tables of runs and sweeps"),
     "status": ("ssgr.status", "how far a sweep is"),
@@ -17,6 +19,10 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Hand the rest of the command line to the command that it names."""
+    return unless_closed(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int | None:
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments), ""]
     if name not in COMMANDS:
         known = "\n".join(f"  ssgr {command:<8} {what}" for command, (_, what) in COMMANDS.items())
@@ -26,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stdout if asked else sys.stderr,
         )
         return 0 if asked else 2
-    return importlib.import_module(COMMANDS[name][0]).main(rest[:-1]) or 0
+    return importlib.import_module(COMMANDS[name][0]).main(rest[:-1])  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
+from collections.abc import Callable
 
 
 def first_line(error: BaseException) -> str:
@@ -17,3 +20,14 @@ def system_number(error: BaseException) -> int | None:
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
     return int(found[1]) if found else None
+
+
+def unless_closed(main: Callable[[], int | None]) -> int:
+    """What a command returns; 1 without a word where its reader, such as head, closed the pipe that it prints to."""
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for what is flushed at the end
+        return 1

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from ssgr import tables
+from ssgr.errors import unless_closed
 from ssgr.records import PERPLEXITY, Verdict, shown
 from ssgr.report.cells import Cell, find, values
 
@@ -215,4 +216,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unless_closed(main))

@@ -16,6 +16,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ssgr import sweep as sweeps
+from ssgr.errors import unless_closed
 from ssgr.graph import ENDS, KINDS, Stage
 from ssgr.lease import beating
 from ssgr.queue import Queued, Records, ended
@@ -192,4 +193,4 @@ def live(store: Store) -> dict[str, Queued] | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unless_closed(main))

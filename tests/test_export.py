@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,3 +94,13 @@ def test_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         [sys.executable, "-m", "ssgr", "report", "nowhere"], capture_output=True, text=True, cwd=ROOT, check=False
     )
     assert done.returncode == 1 and "no result.json" in done.stderr
+
+
+def test_a_reader_that_stops_is_no_error() -> None:
+    there, pipe = os.pipe()
+    os.close(there)
+    done = subprocess.run(
+        [sys.executable, "-m", "ssgr", "--help"], stdout=pipe, stderr=subprocess.PIPE, cwd=ROOT, check=False
+    )
+    os.close(pipe)
+    assert (done.returncode, done.stderr) == (1, b"")

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from ssgr import sweep
+from ssgr.errors import unless_closed
 from ssgr.report import table
 from ssgr.report.cells import Cell, find
 from ssgr.store import Store
@@ -107,4 +108,4 @@ def _assembled(paths: list[Path]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unless_closed(main))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ssgr.errors import unless_closed
 from ssgr.lease import Lease
 from ssgr.store import MANIFEST, Store
 from ssgr.sweep import referred, submitted
@@ -110,6 +111,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         store = Store(args.store, reads=True)
         return {"ls": _ls, "verify": _verify, "gc": _gc}[args.command](store, args)
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -165,4 +168,4 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(unless_closed(main))
