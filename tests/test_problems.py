@@ -252,6 +252,12 @@ def test_a_column_that_no_row_has_is_told_once(tmp_path: Path, caplog: pytest.Lo
     caplog.clear()
     JsonlProblems(str(file), Columns(id="name"), str(file)).read("test")
     assert not caplog.messages, "rows may lack single values"
+    choices = [{"problem": f"q{i}", "a": "1", "b": "2", "c": "3" if i else ""} for i in range(2)]
+    columns = Columns(choices=["a", "b", "c", "typo"])
+    JsonlProblems(str(write(file, choices)), columns, str(file)).read("test")
+    assert [line.split(";")[0] for line in caplog.messages] == [
+        "columns.choices has typo: no row of x.jsonl has a choice there"
+    ]
 
 
 def test_double_ids_are_refused() -> None:

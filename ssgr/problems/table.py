@@ -184,13 +184,15 @@ class JsonlProblems:
         """
         own = self.test_path is not None
         path = _file(self.test_path, "test_path") if self.test_path and split == "test" else _file(self.path, "path")
-        rows = _of_split(_problems([path], self.columns), split, own)
+        lost = _wrong_choices(self.columns)
+        rows = _of_split(_problems([path], self.columns, lost), split, own)
         problems = checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
-        return _told(problems, self.columns, path.name)
+        return _told(problems, self.columns, path.name, lost)
 
 
-def _told(problems: list[Problem], columns: Columns, where: object) -> list[Problem]:
-    """`problems`; a column that some rows lack is none of their fault, and one that all lack is mistyped."""
+def _told(problems: list[Problem], columns: Columns, where: object, lost: set[str]) -> list[Problem]:
+    """`problems`; a column that some rows lack is none of their fault, and one that all lack, as those of choices that are
+    `lost`, is mistyped."""
     given: dict[str, Callable[[Problem], object]] = {
         "id": lambda p: not re.fullmatch(r"row/\d+", p.id),
         "level": lambda p: p.level is not None,
@@ -199,7 +201,22 @@ def _told(problems: list[Problem], columns: Columns, where: object) -> list[Prob
     for role, has in given.items():
         if (column := getattr(columns, role)) and not any(map(has, problems)):
             _warn(f"columns.{role}={column}: no row of {where} has its {role} there; type another column, or null")
+    for column in sorted(lost):
+        _warn(
+            f"columns.choices has {column}: no row of {where} has a choice there; type another column, or leave it out"
+        )
     return problems
+
+
+def _wrong_choices(columns: Columns) -> set[str]:
+    """The columns of wrong options, which rows may lack."""
+    return set() if isinstance(columns.choices, str) else set((columns.choices or ())[1:])
+
+
+def _note(row: Mapping[str, Any], lost: set[str]) -> Mapping[str, Any]:
+    """Take out of `lost` the columns that `row` has."""
+    lost.difference_update([name for name in lost if not _blank(row.get(name))])
+    return row
 
 
 @cache  # a run reads its problems several times
@@ -219,13 +236,15 @@ def _file(name: str, setting: str) -> Path:
     return path
 
 
-def _problems(files: Sequence[Path], columns: Columns) -> Iterable[Problem]:
+def _problems(files: Sequence[Path], columns: Columns, lost: set[str]) -> Iterable[Problem]:
+    """The problems of `files`, one after the other; of `lost` stay the columns that no row has."""
     before = 0
     for path in files:
         number = 0
         for number, row in ROWS.get(path.suffix, json_lines)(path):
             if not isinstance(row, dict):
                 raise ValueError(f"{path.name}, row {number}: a row must be a JSON object")
+            _note(row, lost)
             yield columns.problem(row, number, path.name, before)
         before += number
 
@@ -264,7 +283,7 @@ class HubProblems:
         Raises:
             ValueError: the dataset cannot be loaded, or a row lacks a question or an answer.
         """
-        own = self.test_split is not None
+        own, lost = self.test_split is not None, _wrong_choices(self.columns)
         part = self.test_split if own and split == "test" else self.split
         files: list[Path] = []
         if self.file and split == "test":
@@ -274,7 +293,9 @@ class HubProblems:
         try:
             files = files or self._files(part)
             if not files:
-                rows = (self.columns.problem(row, number, self.path) for number, row in enumerate(self._load(part), 1))
+                rows = (
+                    self.columns.problem(_note(row, lost), n, self.path) for n, row in enumerate(self._load(part), 1)
+                )
                 problems = list(islice(_of_split(rows, split, own), self.limit))
         except _BadRow:
             raise
@@ -284,9 +305,9 @@ class HubProblems:
                 f"loaded: {first_line(error)}"
             ) from error
         if files:
-            problems = list(islice(_of_split(_problems(files, self.columns), split, own), self.limit))
+            problems = list(islice(_of_split(_problems(files, self.columns, lost), split, own), self.limit))
         where = self.path if len(files) != 1 else files[0]
-        return _told(checked(problems, f"problems.path={where}, split {part},"), self.columns, where)
+        return _told(checked(problems, f"problems.path={where}, split {part},"), self.columns, where, lost)
 
     def _load(self, part: str | None) -> Any:
         import datasets
