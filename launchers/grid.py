@@ -194,6 +194,10 @@ def _cell(
         container = OmegaConf.to_container(task, resolve=True)
         if task.shard is not None:
             raise ValueError("shard= is for jobs that are started by hand: here type hydra.launcher.parts=8")
+        if (own := store_of(task).root) != store.root:
+            raise ValueError(
+                f"store.path={own}: a sweep of a launcher has one store, here {store.root}: give one command for each store"
+            )
         experiment = build(task)
         planned = pipeline.plan(experiment, store, sweep.parts)
     except ValueError as error:

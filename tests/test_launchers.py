@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import ROOT, SMALL, Run
+from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
@@ -162,6 +163,17 @@ def test_what_comes_in_batches_cancels_nothing(run: Run, tmp_path: Path) -> None
     batches = ("hydra.sweeper.max_batch_size=1", "hydra.launcher.cancel_dropped=true")
     said = command(run, "-m", "hydra/launcher=slurm", *batches, "pruner=magnitude,wanda", "calib=corpus", code=1)
     assert "jobs of cells that are still to come would be cancelled; leave it out" in said and "Traceback" not in said
+
+
+def test_an_axis_of_stores_is_refused(tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        given = [compose("config", [f"store.path={tmp_path / name}"], return_hydra_config=True) for name in "ab"]
+    context: Any = SimpleNamespace(config_loader=SimpleNamespace(load_sweep_config=lambda *_: given[1]))
+    sweep = Sweep(tmp_path, "", [], "", 1)
+    grid._cell(context, given[0], sweep, grid.store_of(given[0]), 0, ["store.path=b"], True)
+    assert sweep.refused[0].startswith(
+        f"store.path={tmp_path / 'b'}: a sweep of a launcher has one store, here {tmp_path / 'a'}"
+    )
 
 
 def test_a_sweep_folder_of_another_version_is_refused(run: Run, tmp_path: Path) -> None:
