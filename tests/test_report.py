@@ -239,6 +239,7 @@ DAMAGE: dict[str, Callable[[dict[str, Any]], object]] = {
     "no difference": lambda result: result["scores"]["held_out"].pop("difference"),
     "an accuracy that is no number": lambda result: result["scores"]["held_out"]["pruned"].update(accuracy=None),
     "half an interval": lambda result: result["scores"]["held_out"]["dense"].update(ci95=[0]),
+    "no score": lambda result: result["scores"].clear(),
     "another bench": lambda result: result["config"].update(bench="held_out"),
 }
 

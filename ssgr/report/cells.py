@@ -66,6 +66,8 @@ def read(path: Path) -> list[Cell]:
         cells = [Cell(path, result, _fields(result, bench)) for bench in result["scores"]]
         for cell in cells:
             _check(cell)
+        if not cells:
+            raise ValueError("it has no scores")
         return cells
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
