@@ -226,6 +226,8 @@ def test_a_suite_shares_its_decoding() -> None:
     assert isinstance(reads, Perplexity) and reads.traces.decoding.seed == 7, "what is sampled once is asked for once"
     with pytest.raises(ValueError, match="two of its benchmarks are called one"):
         members(Suite("both", {"a": bench, "b": bench}))
+    with pytest.raises(ValueError, match="its benchmarks two and two_dense would write the same file"):
+        members(Suite("both", {"a": Perplexity("two_dense", "prose"), "b": other}))
     with pytest.raises(ValueError, match="letters, digits"):
         members(Perplexity("a/b", "prose"))
     with pytest.raises(ValueError, match="at least one"):

@@ -110,6 +110,11 @@ def members(bench: Bench | Measure | Suite) -> list[Bench | Measure]:
             raise ValueError(f"bench.name={name!r}: give letters, digits and . _ + - only: files are named by it")
         if names.count(name) > 1:
             raise ValueError(f"bench={bench.name}: two of its benchmarks are called {name}; give one another name")
+        if f"{name}_dense" in names:
+            raise ValueError(
+                f"bench={bench.name}: its benchmarks {name} and {name}_dense would write the same file, as {name}_dense is what "
+                f"the dense model did on {name}; give one another name"
+            )
     return some
 
 
