@@ -185,6 +185,10 @@ def test_a_cell_that_failed_leaves_a_hole_and_is_no_draw(tmp_path: Path) -> None
     assert ssgr.missing == 1 and [row["missing"] for row in table.means(cells)].count("1 of 6") == 1
     there = [own for (calib, *at), own in right.items() if calib == "ssgr" and at != [1, 2]]
     assert ssgr.value.mean == pytest.approx(np.mean(there))
+    assert ssgr.to_control is not None
+    (tmp_path / "matched01" / "result.json").unlink()
+    ssgr = next(c for c in compare(find([tmp_path]), against="calib=matched") if c.names["calib"] == "ssgr")
+    assert ssgr.to_control is None, "a mean over the draws that have a control is another mean"
 
 
 def test_one_evaluation_has_the_interval_of_its_record(tmp_path: Path) -> None:
@@ -234,6 +238,9 @@ def test_of_several_controls_the_one_of_the_same_filter(tmp_path: Path) -> None:
         found = by["ssgr", band].to_control
         assert found is not None and found.mean == gap
     assert by["self", "any"].to_control is None  # two controls fit, and neither is its own
+    cell(tmp_path / "d", [True, True], difficulty={"name": "other"}, pruner={"name": "wanda"})
+    pruned = compare(find([tmp_path]), against="pruner=wanda")
+    assert all(one.to_control is None for one in pruned), "of another filter it is the control of no pruner"
 
 
 def test_a_control_that_was_tried_on_other_problems_is_refused(tmp_path: Path) -> None:

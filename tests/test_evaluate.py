@@ -123,6 +123,7 @@ def test_how_responses_end_is_told() -> None:
     )
     found = score("x", attempts, 1.0, 1)
     assert (found.truncated, found.looping, found.no_answer, found.grader_failed) == (0.5, 0.25, 0.5, 0.25)
+    assert found.unclosed == 0, "who stopped to think may give no answer all the same"
 
 
 @pytest.mark.parametrize("period", [1, 2, 7, 30, 128])
@@ -136,6 +137,7 @@ def test_counting_and_short_repeats_are_no_loops() -> None:
     assert not is_looping(list(range(500)))
     assert not is_looping([1] * 8)
     assert not is_looping([])
+    assert not is_looping([9, *range(1, 8), *[*range(8)] * 3])  # 32 tokens, and the first is not repeated
     assert not is_looping([*([1, 2] * 100), 3])
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from ssgr import export, tables
@@ -48,6 +49,12 @@ def test_a_suite_is_exported_as_the_library_writes_it(
         rows = [json.loads(line) for line in Path(samples["smoke"]).read_text().split("\n") if line]
         assert len(rows) == 16 == found["n-samples"]["smoke"]["effective"]
         right = [row["exact_match"] for row in rows]
+        for bench, each, scale in (
+            ("smoke", right, 1),
+            ("perplexity", np.log(windows), scores["perplexity"][which]["value"]),
+        ):
+            (error,) = (x for name, x in found["results"][bench].items() if "stderr" in name)
+            assert error == pytest.approx(np.std(each, ddof=1) / 16**0.5 * scale)
         assert sum(right) / 16 == pytest.approx(scores["smoke"][which]["accuracy"])
         for row in rows:
             assert row["doc"]["question"] in row["arguments"]["gen_args_0"]["arg_0"]
