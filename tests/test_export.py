@@ -46,6 +46,7 @@ def test_a_suite_is_exported_as_the_library_writes_it(
             json.loads(line)["perplexity"] for line in Path(samples["perplexity"]).read_text().split("\n") if line
         ]
         assert min(windows) < scores["perplexity"][which]["value"] < max(windows) and len(windows) == 16
+        assert found["higher_is_better"]["perplexity"] == {"perplexity": False}
         rows = [json.loads(line) for line in Path(samples["smoke"]).read_text().split("\n") if line]
         assert len(rows) == 16 == found["n-samples"]["smoke"]["effective"]
         right = [row["exact_match"] for row in rows]

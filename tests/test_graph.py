@@ -186,7 +186,14 @@ def test_a_job_waits_for_its_own_branch_only() -> None:
         for j, task in enumerate(array.tasks):
             source = task.keys[0].split("-")[1]
             assert {key for key in starts_after(found, i, j) if key.startswith("sel")} == {f"sel-{source}"}
-    assert len(found) < 16  # and not one array a job
+    assert len(prunes) == 4 and len(found) < 16  # and not one array a job, nor one a pruner
+
+
+def test_jobs_that_wait_for_other_jobs_of_before_share_no_array() -> None:
+    some = [Task("sample", (f"s{i}",), i, frozenset()) for i in range(2)]
+    some += [Task("gather", (f"g{i}",), i, frozenset({f"s{i}", f"old{i}"})) for i in range(2)]
+    found = arrays(some, {"old0": "7_0", "old1": "7_1"}, 10)
+    assert [(array.kind, array.live) for array in found] == [("sample", ()), ("gather", ("7_0",)), ("gather", ("7_1",))]
 
 
 def test_an_array_is_never_longer_than_the_site_allows() -> None:
