@@ -116,7 +116,8 @@ def test_options_are_shuffled_by_seed_and_problem() -> None:
 
 @pytest.mark.parametrize(
     ("row", "said"),
-    [({"q": "?", "c": ["a", "b"], "answer": "C"}, "none of them"), ({"q": "?", "c": [], "answer": 0}, "0 choices"),
+    [({"q": "?", "c": ["a", "b"], "answer": "C"}, "none of them"), ({"q": "?", "c": ["a", "b"], "answer": "ab"}, "none of them"),
+     ({"q": "?", "c": [], "answer": 0}, "0 choices"),
      ({"q": "?", "c": ["a", "b"], "answer": None}, "no answer in column 'answer'"), ({"c": ["a"], "answer": 0}, "no question"),
      ({"q": "?", "c": ["a", None], "answer": 0}, r"row 7: choices in column 'c' are no list of texts but \['a', None\]"),
      ({"q": "?", "c": [["a"], ["b"]], "answer": 0}, r"row 7: .* are no list of texts but \[\['a'\], \['b'\]\]"),

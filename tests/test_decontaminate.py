@@ -91,6 +91,11 @@ def test_the_options() -> None:
     assert hits(
         LONG, f"{run} She also bought a bag of marbles and a hat, for how much did she do so?", share=0.0, ngram=11
     )
+    assert hits("one two", "one three", ngram=1), "half of the runs are enough"
+    several = [problem(name, near) for name in "hbgfcdea"]
+    assert [Decontaminate().hits([problem("x", LONG)], some)[0].benchmark_id for some in (several, several[::-1])] == [
+        "h"
+    ] * 2
     assert hits(LONG, near)[0].benchmark_id == "b" and "13 tokens" in hits(LONG, near)[0].why
     for wrong in ({"ngram": 0}, {"share": 1.5}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

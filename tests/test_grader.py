@@ -47,6 +47,7 @@ TOWER = "$9^{9^{9^{9}}}$"  # sympy would write it out
         ("5", "x_1 = 5", RIGHT, "5"),
         ("7", "\\boxed{7}", RIGHT, "7"),
         ("7", "3/0", WRONG, "3/0"),
+        ("0", "3/0", WRONG, "3/0"),
         ("7", "no number", NO_ANSWER, None),
         ("7", " \n", NO_ANSWER, None),
         ("Monday", "I say:\n monday \n\n", RIGHT, "monday"),
