@@ -87,6 +87,8 @@ def test_pick_is_the_inverse_distribution_function() -> None:
     assert int(pick(logits, torch.tensor([edge + 1e-6]).double(), decoding)) == 2
     assert int(pick(logits, torch.tensor([0.0]).double(), decoding)) == 1
     assert int(pick(logits, torch.tensor([1 - 1e-12]).double(), decoding)) == 0
+    narrow, last = Decoding(1, 1.0, 0.5, 1, 0), torch.tensor([1.0]).double()  # what a number below 1 may be rounded to
+    assert int(pick(logits, last, narrow)) == 1, "the nucleus has one token"
 
 
 def test_greedy_decoding_is_that_of_generate(tokenizer: PreTrainedTokenizerBase) -> None:

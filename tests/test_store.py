@@ -22,6 +22,7 @@ from safetensors import SafetensorError
 
 import ssgr
 from ssgr import files
+from ssgr import lease as lease_module
 from ssgr import store as store_module
 from ssgr.lease import Lease
 from ssgr.store import Artefact, Store
@@ -325,6 +326,11 @@ def _remove_manifest(folder: Path) -> None:
     (folder / "manifest.json").unlink()
 
 
+def _another_version(folder: Path) -> None:
+    manifest = folder / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "version": 0}))
+
+
 def _list_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[1]")
 
@@ -338,6 +344,7 @@ def _list_manifest(folder: Path) -> None:
         (_truncate_manifest, "key/manifest.json: cannot be read"),
         (_remove_manifest, "key/manifest.json: cannot be read"),
         (_list_manifest, "key/manifest.json: cannot be read"),
+        (_another_version, "key/manifest.json: cannot be read (version 0, not"),
     ],
 )
 def test_a_damaged_result_is_noticed_and_made_again(
@@ -364,6 +371,7 @@ def test_what_a_job_needs_and_is_damaged_is_moved_aside(tmp_path: Path, damage: 
     damage(folder)
     assert store.find("stage", "key", checksums=5) is None, "whose files a driver reads"
     assert not store.sound("stage", "key")
+    assert store.keys("stage") == []
     assert names(tmp_path) == {"key.damaged-1"}, "so that a driver, which only measures large files, makes it again"
 
 
@@ -373,7 +381,9 @@ def test_a_large_result_is_checksummed_once_a_process(tmp_path: Path, monkeypatc
     assert run(tmp_path, never).run.cached
     _flip_a_byte(folder)
     assert run(tmp_path, never).run.cached
+    assert "its content has changed" in (Store(tmp_path).damage("stage", "key") or ""), "who asks for it reads all"
     monkeypatch.setattr(store_module, "_checksummed", set())  # what a new process starts with
+    assert Store(tmp_path).find("stage", "key", checksums=4) is not None, "it is measured only"
     assert not run(tmp_path, write("hello")).run.cached
 
 
@@ -401,6 +411,34 @@ def test_a_kill_before_the_last_step_leaves_no_trace(tmp_path: Path) -> None:
     artefact = run(tmp_path, write("hello"))
     assert {path.name for path in artefact.path.iterdir()} == {"manifest.json", "out", "sub"}
     assert run(tmp_path, never).run.cached
+
+
+def test_of_several_that_were_killed_the_last_is_resumed(tmp_path: Path) -> None:
+    lease = Lease(tmp_path / "stage" / "key", 60.0)
+    for age in (3, 1, 2, 4):
+        work = tmp_path / "stage" / f"key.{age}.work"
+        work.mkdir(parents=True)
+        (work / "part").write_text(str(age))
+        os.utime(work, (time.time() - age,) * 2)
+    assert lease.take(60.0) is None
+    with lease:
+        assert lease.resume() and (lease.work / "part").read_text() == "1"
+        lease.folder.mkdir()
+        (lease.folder / "out").touch()  # as another process published, where the file system has no locks
+        assert not lease.publish() and not lease.work.exists()
+
+
+def test_a_pid_of_another_host_says_nothing() -> None:
+    here = {**lease_module._whereabouts(), "pid": 2**30}
+    assert lease_module._is_dead(json.dumps(here))
+    assert not any(lease_module._is_dead(json.dumps(here | {name: "other"})) for name in ("host", "pids"))
+
+
+def test_only_what_was_made_from_the_same_is_alike(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for key in "12":
+        store.run("stage", key, write(key), config={"n": key}, inputs={"of": key})
+    assert [(folder.name, config) for folder, config in store.alike("stage", {"of": "2"})] == [("2", {"n": "2"})]
 
 
 def test_an_unwritable_store_says_what_to_type(tmp_path: Path) -> None:
