@@ -187,6 +187,18 @@ def test_matrices_of_the_same_inputs_share_their_sums() -> None:
     assert groups == [["down"], ["k", "q"], ["up"], ["other"]]
 
 
+def test_a_row_without_a_token_of_a_stream_has_no_gradient_and_is_not_counted() -> None:
+    x_NTI, block = normal(3, 5, 6), Toy().requires_grad_(False)
+    with_one, without = Collector("gradient", matrices(block, ())), Collector("gradient", matrices(block, ()))
+    for found, x, which in ((with_one, x_NTI, [0, 3, 11]), (without, x_NTI[[0, 2]], [0, 3, 6])):
+        with found.listening():
+            found.run(lambda x=x: block(x), {"some": Stream(torch.tensor(which), None)}, True)  # type: ignore[misc]
+    for name in "qo":
+        one, other = (found.sums[name, "some"] for found in (with_one, without))
+        assert one.rows == other.rows == 2 and one.gradient_OI is not None
+        torch.testing.assert_close(one.gradient_OI, other.gradient_OI)
+
+
 def test_only_the_tokens_of_a_stream_count() -> None:
     """What is in no stream may be anything: padding, or tokens without weight."""
     x_NTI = normal(2, 5, 6)
