@@ -11,11 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedTokenizerBase
 
 from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
+from ssgr.model.blocks import decoder_blocks, weightless
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
 from ssgr.pruner.magnitude import Magnitude
@@ -74,6 +75,29 @@ def test_positions_that_depend_on_the_rows_beside(tokenizer: PreTrainedTokenizer
             ValueError, match=rf"a row has {longest} tokens, and beyond {context} .*max_row_tokens={context}$"
         ):
             prune(*how, uniform(Wanda(), HALF))
+
+
+@pytest.mark.parametrize("kind", ["bert", "roformer", "gemma3_text", "bart"])
+def test_encoders_are_refused(kind: str, tmp_path: Path) -> None:
+    """transformers loads them as causal models, and each token would see what comes after it."""
+    size = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 16}
+    own = {
+        "intermediate_size": 32,
+        "num_key_value_heads": 2,
+        "use_bidirectional_attention": True,
+        "layer_types": ["full_attention"] * 2,
+    }
+    config = AutoConfig.for_model(kind, **size, **(own if kind == "gemma3_text" else {}))
+    if kind != "bart":
+        with (
+            weightless(),
+            pytest.raises(ValueError, match=r"is an encoder: its tokens see those .* decoder-only model"),
+        ):
+            decoder_blocks(AutoModelForCausalLM.from_config(config))
+        return
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"encoder and a decoder \(bart\); use a decoder-only model"):
+        Model("m", str(tmp_path), device="cpu").skeleton()
 
 
 def test_a_weight_that_is_used_without_its_module_is_told_of(

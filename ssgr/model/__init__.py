@@ -128,11 +128,12 @@ class Model:
         """The model without weights, for a look at its structure before hours of work.
 
         Raises:
-            ValueError: it cannot be loaded, is quantised, a local file of its weights is not whole, or there is no such device.
+            ValueError: it cannot be loaded, is quantised, has an encoder, a local file of its weights is not whole, or there is
+                no such device.
         """
         self.torch_device()
         with _explained(self):
-            config = _unquantised(AutoConfig.from_pretrained(*self._source, **self._how))
+            config = _decoder(AutoConfig.from_pretrained(*self._source, **self._how))
         if self.directory is not None:
             Checkpoint(self.directory)
         with _explained(self), weightless():
@@ -258,7 +259,9 @@ def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat
     return whole.startswith(prompt) and bool(answer) and not between.strip()
 
 
-def _unquantised(config: Any) -> Any:
+def _decoder(config: Any) -> Any:
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"it is an encoder and a decoder ({config.model_type}); use a decoder-only model")
     quantised = getattr(config, "quantization_config", None)
     if quantised:
         method = quantised.get("quant_method") if isinstance(quantised, Mapping) else type(quantised).__name__

@@ -166,7 +166,7 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """Name and list of the decoder blocks: the one ModuleList as long as the configuration says.
 
     Raises:
-        ValueError: there is none, or more than one, or blocks share a weight.
+        ValueError: there is none, or more than one, blocks share a weight, or a token sees those that come after it.
     """
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     found = [
@@ -181,6 +181,10 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"num_hidden_layers={depth}, and its module lists are {', '.join(lists) or 'none'}; use a decoder-only model"
         )
     _see_apart(*found[0])
+    if any(not getattr(m, "is_decoder", getattr(m, "is_causal", True)) for m in found[0][1].modules()):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder: its tokens see those that come after them; use a decoder-only model"
+        )
     return found[0]
 
 
