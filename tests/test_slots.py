@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,52 @@ def test_models_that_slots_do_not_serve_are_decoded_in_batches(tokenizer: PreTra
     eager = random_model()
     eager.set_attn_implementation("eager")
     assert not slots.serves(eager)
+
+
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_positions_do_not_depend_on_the_rows_beside(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Phi's turn otherwise beyond 32 tokens; where rows may become so long, all are turned so from the first token on."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0]}
+    long = {"rope_parameters": rope, "original_max_position_embeddings": 32}
+    model, short = (AutoModelForCausalLM.from_config(AutoConfig.for_model("phi3", **SIZE, **own)) for own in (long, {}))
+    short.config.rope_parameters["partial_rotary_factor"] = 1.0
+    short.load_state_dict(model.state_dict())
+    short.model.rotary_emb.inv_freq /= torch.tensor(rope["long_factor"])
+    scale = model.model.rotary_emb.attention_scaling
+    short.model.rotary_emb.attention_scaling = scale
+    rows, decoding = [replace(row, limit=9) for row in ragged(12)], Decoding(1, 0, 1, 9, 0)
+    got = by_id([t for some in HfSampler(size).sample(Loaded(model.eval()), tokenizer, rows, decoding) for t in some])
+    want = by_id([t for some in HfSampler(size).sample(Loaded(short.eval()), tokenizer, rows, decoding) for t in some])
+    assert got == want and "forward" not in vars(model.model.rotary_emb)  # as it was
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "falcon"])
+def test_what_is_kept_of_rows_leaves_with_them(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Recurrent states too."""
+    config = AutoConfig.for_model(
+        kind, **SIZE, **({"layer_types": ["conv", "full_attention"]} if kind == "lfm2" else {})
+    )
+    model, rows = AutoModelForCausalLM.from_config(config).eval(), ragged()
+    apart, together = (
+        by_id(
+            [t for some in HfSampler(n).sample(Loaded(model), tokenizer, rows, Decoding(1, 0, 1, 60, 0)) for t in some]
+        )
+        for n in (1, 9)
+    )
+    assert apart == together
+
+
+def test_a_prompt_of_tokens_that_the_model_lacks_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(ValueError, match=r"prompt of a has token 96, .* tokens 0 to 95 only .*resize_token_embeddings"):
+        next(HfSampler(2).sample(Loaded(made("llama")), tokenizer, [Request("a", 0, (3, 96))], Decoding(1, 0, 1, 9, 0)))
+
+
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
+def test_a_model_that_keeps_its_state_elsewhere_is_refused(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = AutoConfig.for_model(kind, **SIZE, state_size=4, lru_width=32, head_dim=8)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(ValueError, match=r"keeps its state elsewhere.*calib=corpus bench=perplexity"):
+        next(HfSampler(2).sample(Loaded(model), tokenizer, ragged(), Decoding(1, 0, 1, 60, 0)))
 
 
 def test_a_larger_cap_goes_on_with_what_was_cut(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -38,8 +38,8 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = self.room_k[:, :, : self.used], self.room_v[:, :, : self.used]
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.room_k, self.room_v = self.room_k[indices], self.room_v[indices]
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.room_k, self.room_v = self.room_k[beam_idx], self.room_v[beam_idx]
         self.keys, self.values = self.room_k[:, :, : self.used], self.room_v[:, :, : self.used]
 
 
@@ -54,6 +54,11 @@ def _cache(model: PreTrainedModel) -> DynamicCache:
     if all(type(layer) is DynamicLayer for layer in cache.layers):  # sliding windows keep their own kind
         cache.layers = [_RoomyLayer() for _ in cache.layers]
     return cache
+
+
+def _keep(cache: DynamicCache, rows: Any) -> None:
+    """Let only `rows` stay: what beam search does to a cache, which every kind of layer can, recurrent ones too."""
+    cache.reorder_cache(rows)
 
 
 @torch.inference_mode()
@@ -105,7 +110,7 @@ def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, 
         step_ids, position = token_N[:, None], position[:, -1:] + 1
         if int(open_N.sum()) <= _SHRINK * len(open_N):
             stay = open_N.nonzero()[:, 0]
-            cache.batch_select_indices(stay.to(device))
+            _keep(cache, stay.to(device))
             step_ids, position, mask_NT = step_ids[stay], position[stay], mask_NT[stay]
             live_N, open_N = live_N[stay], open_N[stay]
     return [

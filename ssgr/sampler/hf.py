@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import ClassVar
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, batch, check_room, slots, stop_ids, workers
 from ssgr.sampler.attention import grouped_attention
+from ssgr.sampler.positions import one_way
 
 
 @dataclass(frozen=True)
@@ -40,13 +43,40 @@ class HfSampler:
         """Yield the traces of all `requests`, longest prompts first.
 
         Raises:
-            ValueError: a prompt leaves no room in the model's context.
+            ValueError: a prompt leaves no room in the model's context or has tokens that it lacks, or the model keeps its
+                state elsewhere than in a cache.
         """
         model = checkpoint.load()
+        _see_kept(model)
         check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
+        known = model.get_input_embeddings().weight.shape[0]
+        for request in requests:
+            if (last := max(request.prompt_ids)) >= known:
+                raise ValueError(
+                    f"the prompt of {request.problem_id} has token {last}, and the model has embeddings of tokens 0 to "
+                    f"{known - 1} only (its tokenizer has {len(tokenizer)}); give the model its own tokenizer, or call "
+                    "resize_token_embeddings and save it again"
+                )
         ordered = sorted(requests, key=lambda r: (-len(r.prompt_ids) - len(r.begun), r.problem_id, r.attempt))
         stop = stop_ids(model.generation_config, tokenizer)
-        yield from decode(model, ordered, decoding, stop, self.batch_size, self.workers)
+        with one_way(model, ordered, decoding):
+            yield from decode(model, ordered, decoding, stop, self.batch_size, self.workers)
+
+
+def _see_kept(model: PreTrainedModel) -> None:
+    """See that what `model` keeps of the tokens before is in a cache that it is given: others would see the last token only, or
+    the padding of shorter rows.
+
+    Raises:
+        ValueError: it is not.
+    """
+    layers = DynamicCache(config=model.config).layers
+    elsewhere = model._is_stateful and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    if elsewhere or "past_key_values" not in signature(model.forward).parameters:
+        raise ValueError(
+            f"{type(model).__name__} keeps its state elsewhere than in transformers' past_key_values, and sampler=hf cannot "
+            "sample from it; type calib=corpus bench=perplexity, which need no traces"
+        )
 
 
 def decode(
