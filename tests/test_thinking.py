@@ -246,3 +246,17 @@ def test_a_template_without_a_generation_prompt_is_refused(template: str, right:
         return
     with pytest.raises(ValueError, match=r"model=tiny: its chat template has no generation prompt"):
         TINY.prompt_ids(tokenizer, "Q")
+
+
+@pytest.mark.parametrize(
+    ("template", "why"),
+    [
+        ("{{ raise_exception('a system turn is needed') }}", "a system turn is needed"),
+        ("{{ 'text' + 1 }}", "can only concatenate"),
+    ],
+)
+def test_a_template_that_fails_is_told_of(template: str, why: str) -> None:
+    tokenizer = TINY.tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=rf"its chat template refuses .*{why}.*; type model\.system=TEXT, or mend"):
+        TINY.prompt_ids(tokenizer, "1 + 1?")

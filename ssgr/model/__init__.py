@@ -226,10 +226,17 @@ class Model:
             how: dict[str, Any] = {**TODAY, **self.chat}
             ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
             given = _gives_the_turn(tokenizer, self.system, json.dumps(dict(self.chat), default=str))
-        except TemplateError as error:
+        except (
+            TemplateError,
+            TypeError,
+            ValueError,
+            LookupError,
+            AttributeError,
+        ) as error:  # or Python's in the template
+            other = "null" if self.system else "TEXT, or mend chat_template.jinja beside its tokenizer"
             raise ValueError(
                 f"model={self.name}: its chat template refuses model.system={self.system!r} model.chat={dict(self.chat)} "
-                f"({error}); type model.system=null"
+                f"({error}); type model.system={other}"
             ) from error
         if not given:
             raise ValueError(

@@ -49,7 +49,7 @@ class HfSampler:
         model = checkpoint.load()
         _see_kept(model)
         check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
-        known = model.get_input_embeddings().weight.shape[0]
+        known = len(model.get_input_embeddings().get_parameter("weight"))
         for request in requests:
             if (last := max(request.prompt_ids)) >= known:
                 raise ValueError(
