@@ -517,9 +517,16 @@ def test_experts_in_one_matrix_are_refused() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("dbrx", vocab_size=64, **size, ffn_config=own))
     with pytest.raises(
-        ValueError, match=r"ffn\.experts\.mlp holds matrices larger than any linear layer \(w1, v1, w2\)"
+        ValueError, match=r"ffn\.experts\.mlp holds matrices as large as the largest linear layer \(w1, v1, w2\)"
     ):
         check(model, Wanda(), HALF)
+
+
+def test_a_matrix_of_a_class_of_its_own_is_not_left_dense_in_silence() -> None:
+    block = nn.ModuleDict({"up": nn.Linear(8, 12), "down": nn.Module()})
+    block["down"].weight = nn.Parameter(torch.ones(8, 12))
+    with pytest.raises(ValueError, match=r"down holds matrices as large as the largest linear layer \(weight\)"):
+        matrices(block)
 
 
 class Listed(nn.Module):

@@ -264,8 +264,8 @@ def _every(block: nn.Module) -> dict[str, Matrix]:
                 out[own] = Matrix(own, f"{name}.{leaf}", module, i, module.is_transposed)
     most = max((matrix.weight_OI.numel() for matrix in out.values()), default=0)
     for name, found in others.items():  # smaller ones are routers, biases of experts, states
-        if large := [leaf for leaf, size in found if size > most]:
-            raise _unheard(block, name, "matrices larger than any linear layer", large)
+        if large := [leaf for leaf, size in found if size >= most]:
+            raise _unheard(block, name, "matrices as large as the largest linear layer", large)
     return out
 
 
