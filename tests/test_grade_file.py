@@ -28,7 +28,7 @@ def lines(path: Path) -> list[dict[str, str]]:
 def test_one_line_each_in_order_whatever_the_answers_do(tmp_path: Path) -> None:
     answers = [
         ("1/2", "$0.5$", "right"), ("7", "<think>8</think>So it is \\boxed{7}.", "right"), ("7", "8", "wrong"),
-        ("7", "", "no_answer"), ("7", None, "no_answer"), ("7", "{" * 1_000_000, "no_answer"),
+        ("7", "", "no_answer"), ("7", None, "no_answer"), ("7", "{" * 200_000, "no_answer"),
         ("3", "$5^{5^{5^{5^{5}}}}$", "grader_failed"), ("12", "$12$ \u202e\x00\x1b[31m", "right"),
         (" ", "$1$", "grader_failed"), (5, 5, "right"), ("7", "<think>maybe 7", "no_answer"),
     ]  # fmt: skip

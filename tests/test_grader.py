@@ -208,6 +208,12 @@ def test_math_takes_a_megabyte() -> None:
     assert grades[1::2] == [Grade(RIGHT, "8"), Grade(RIGHT, "9")]
 
 
+def test_math_takes_thousands_of_boxes_that_do_not_end() -> None:
+    """As a model writes that loops; each was looked through to the end."""
+    (grade,) = MathVerify(seconds=20, workers=1).grade([("7", "\\boxed{" * 20_000)])
+    assert grade.verdict is NO_ANSWER
+
+
 def test_math_that_does_not_start_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "math_verify.py").write_text("raise ImportError('no such thing here')")
     monkeypatch.syspath_prepend(tmp_path)

@@ -408,7 +408,7 @@ def _from_boxes(answer: str) -> str:
         return answer
     first, inside = boxes[0]
     for (_, before), (start, after) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
-        end = _end_of_box(answer, before)
+        end = _end_of_box(answer, before, start)
         if end < start and _BETWEEN.search(answer, end, start):
             first, inside = start, after
             break
@@ -417,13 +417,14 @@ def _from_boxes(answer: str) -> str:
     return opens + _BOX.sub(r"\\boxed{", answer[first:])
 
 
-def _end_of_box(answer: str, at: int) -> int:
-    depth = 1
-    for found in _BRACE.finditer(answer, at):
+def _end_of_box(answer: str, at: int, stop: int | None = None) -> int:
+    """Where the box ends whose inside begins at `at`, or `stop`, by default the end of all."""
+    depth, stop = 1, len(answer) if stop is None else stop
+    for found in _BRACE.finditer(answer, at, stop):
         depth += 1 if found[0] == "{" else -1
         if not depth:
             return found.end()
-    return len(answer)
+    return stop
 
 
 def _all_latex(answer: str) -> bool:
