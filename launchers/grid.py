@@ -53,7 +53,7 @@ def explained(config: DictConfig) -> Iterator[None]:
             if isinstance(error, ValueError) or error.filename is None
             else f"{error.filename} cannot be written ({error.strerror}); what was submitted goes on"
         )
-        outcome.FAILED.append(said)
+        outcome.fail(said, shown=True)
         print(f"[ERROR] {said}", file=sys.stderr)
         raise SystemExit(1) from error
 
@@ -127,7 +127,8 @@ def launch(
     if wait and not settings["dry_run"]:
         values |= _collect(sweep, store, numbers)
     else:
-        outcome.FAILED.extend(f"{sweep.label(n)}: {sweep.refused[n]}" for n in numbers if n in sweep.refused)
+        for n in (n for n in numbers if n in sweep.refused):
+            outcome.fail(f"{sweep.label(n)}: {sweep.refused[n]}")
         values = {n: {"sweep": str(folder), "cell": n} for n in numbers}
     for n, one in zip(numbers, returns, strict=True):
         one.status, one.return_value = JobStatus.COMPLETED, values[n]
@@ -324,7 +325,7 @@ def _collect(sweep: Sweep, store: Store, numbers: Sequence[int]) -> dict[int, fl
         if number not in numbers:
             continue
         if found is None:
-            outcome.FAILED.append(
+            outcome.fail(
                 f"{sweep.label(number)}: {why.get(number, 'its jobs ended without a result; see python -m ssgr.status')}"
             )
             out[number] = None

@@ -30,8 +30,8 @@ def add(folder: Path, read: int = 0, made: int = 0) -> None:
     DONE.extend(read_cells(folder / "result.json"))
 
 
-def fail(line: str, shown: bool) -> None:
-    """A cell failed; `shown` says that it was the only one, and that what was said of it stands last."""
+def fail(line: str, shown: bool = False) -> None:
+    """A cell failed, or all; `shown` says that nothing else will be said after it, so that it is not said again."""
     FAILED.append(line)
     if shown:
         _SHOWN.add(line)

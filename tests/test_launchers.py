@@ -125,7 +125,7 @@ def test_a_site_file_as_in_readme_composes(run: Run, tmp_path: Path) -> None:
 def test_without_slurm_there_is_one_sentence(run: Run, tmp_path: Path) -> None:
     python = Path(sys.executable).parent
     said = command(run, "-m", "hydra/launcher=slurm", "pruner=magnitude", "calib=corpus", code=1, PATH=str(python))
-    assert "there is no sbatch on the path: log in to the cluster, or type hydra/launcher=local" in said
+    assert said.count("there is no sbatch on the path: log in to the cluster, or type hydra/launcher=local") == 1, said
     assert "Traceback" not in said
     assert not Records(tmp_path / "store").read()
 
