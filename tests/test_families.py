@@ -464,7 +464,9 @@ def test_patterns_choose_among_the_layers_of_a_family(family: Family) -> None:
             assert list(matrices(block, (*every, "none"), (name,))) == [other for other in every if other != name]
 
 
-def test_routers_are_pruned_only_by_their_full_name(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_routers_are_pruned_only_by_their_full_name(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for name, family in FAMILIES.items():
         for block in family.model().get_submodule(family.blocks):
             for router in family.routers:
@@ -473,8 +475,16 @@ def test_routers_are_pruned_only_by_their_full_name(tokenizer: PreTrainedTokeniz
                 assert router in matrices(block, (router, "*experts*"), ("*.0.*",)), name
     family = FAMILIES["phimoe"]
     pruner = Wanda(include=("mlp.router", "*.q_proj"))
+    caplog.set_level("INFO", "ssgr")
     _, result = pruned(family, family.model(), weighted(), pruner, HALF, tokenizer, tmp_path)
     assert {layer.name.partition(".layers.")[2][2:] for layer in result.layers} == {"mlp.router", "self_attn.q_proj"}
+    share = sum(a * b for a, b in (layer.shape for layer in result.layers)) / sum(
+        p.numel() for p in family.model().get_submodule(family.blocks).parameters())  # fmt: skip
+    assert (
+        f"prune: {len(result.layers)} matrices, {share:.1%} of the weights of the blocks; dense in them: "
+        in caplog.text
+    )
+    assert "mlp.experts.down_proj (in 3 blocks)" in caplog.text and "router" not in caplog.text
     changed = {name for name, (_, old) in tensors(tmp_path / "source").items() if not torch.equal(
         old, tensors(tmp_path / "work" / "checkpoint")[name][1])}  # fmt: skip
     assert changed == {f"model.layers.{i}.{name}.weight" for i in range(3) for name in (

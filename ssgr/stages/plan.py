@@ -6,6 +6,7 @@ import logging
 import resource
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from ssgr.stages.walk import Walk
 
 _GIB, _FLOAT, _DOUBLE = 2**30, 4, 8  # bytes
 _OWN, _ROOT = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")  # control groups of this process, and all of them
+_NAMED = 6  # matrices that stay dense, in the line that says so
 _GROUPS = {
     "": ("", "memory.max", "memory.current"),
     "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
@@ -151,6 +153,8 @@ def plan(
         verb, _size(needs[str(walk.device)]), walk.device, _size(block), _size(kept), _size(0 if again else inside),
         _size(batch), _size(work), _size(activations if mapped else here), "in a file" if mapped else "in memory", _size(disk),
     )  # fmt: skip
+    if pruner:
+        _log.info("prune: %s", _chosen(walk, layers))
     for what, left in free.items():
         if needs[what] > left:
             raise ValueError(
@@ -165,6 +169,23 @@ def plan(
             _size(inside),
         )
     return Needs(mapped, pauses and not again)
+
+
+def _chosen(walk: Walk, layers: Sequence[dict[str, Matrix]]) -> str:
+    """How many matrices are pruned, how much of the blocks they are, and which of the blocks' tensors stay dense."""
+    dense: Counter[str] = Counter()
+    every = pruned = 0
+    for block, own in zip(walk.decoder, layers, strict=False):  # the last of `layers` may be the output layer
+        chosen = {matrix.parameter for matrix in own.values()}
+        dense.update(name for name, p in block.named_parameters() if p.ndim > 1 and name not in chosen)
+        every += sum(p.numel() for p in block.parameters())
+        pruned += sum(matrix.weight_OI.numel() for matrix in own.values())
+    names = [f"{name} (in {n} blocks)" for name, n in dense.most_common(_NAMED)]
+    more = f" and {len(dense) - _NAMED} more" if len(dense) > _NAMED else ""
+    return (
+        f"{sum(map(len, layers))} matrices, {pruned / every:.1%} of the weights of the blocks; "
+        f"dense in them: {', '.join(names) or 'vectors'}{more}"
+    )
 
 
 def _left_in_groups() -> Iterator[int]:
