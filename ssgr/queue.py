@@ -104,7 +104,8 @@ class Records:
         out: dict[str, Queued] = {}
         for one, jobs in self._queue():
             one = one if one.job or not jobs else replace(one, job=_array(jobs))
-            by_id = {job.job: job for job in jobs if job.state != _LEAVING}
+            # no time used: it is pending again, and its nodes are still being cleared
+            by_id = {job.job: job for job in jobs if job.state != _LEAVING or job.elapsed == "0:00"}
             for i, keys in enumerate(one.tasks):
                 if (job := by_id.get(one.id(i))) is not None:
                     out |= dict.fromkeys(keys, job)

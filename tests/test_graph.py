@@ -291,11 +291,16 @@ def test_a_disk_that_fills_during_a_submission_loses_nothing(
 def test_a_job_that_is_put_into_the_queue_again_is_not_forgotten(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SLURM calls it COMPLETING meanwhile, as it calls one that ends for good."""
+    """SLURM calls it COMPLETING meanwhile, as it calls one that ends for good, whose time it still tells."""
     records = Records(tmp_path)
     records.write(Submitted("ssgr-prune-a", "prune", (("p",),), "logs", job="77"))
-    for state, live in (("RUNNING", {"p"}), ("COMPLETING", set()), ("PENDING", {"p"})):
-        queue = {"ssgr-prune-a": [Queued("77", state, "None", "0:01")]}
+    for state, elapsed, live in (
+        ("RUNNING", "0:01", {"p"}),
+        ("COMPLETING", "0:01", set()),  # for good
+        ("COMPLETING", "0:00", {"p"}),
+        ("PENDING", "0:00", {"p"}),
+    ):
+        queue = {"ssgr-prune-a": [Queued("77", state, "None", elapsed)]}
         monkeypatch.setattr("ssgr.queue.squeue", lambda names, queue=queue: {name: queue[name] for name in names})
         records.settle()
         assert set(records.live()) == live and not records.read()[0].ended, state
