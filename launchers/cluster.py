@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
 SHARED = ("collect", "prune")  # kinds of stages whose work several nodes share
 _SOONER = 60  # seconds by which SLURM may send a signal before the time that it was asked for: sbatch(1), --signal
+_ANSWER = 120  # seconds that sbatch may take to say whether it would take a job
 _EXTRA = "additional_parameters"  # flags of sbatch that submitit has no word for
 _NO_FLAGS = (
     "setup",
@@ -166,7 +167,12 @@ class Slurm:
                 )
         for kind, one in kinds.items():
             flags = ["--test-only", "--wrap=true", "--output=/dev/null", *self._flags(one)]
-            done = subprocess.run(["sbatch", *flags], capture_output=True, text=True, timeout=120, check=False)
+            try:
+                done = subprocess.run(["sbatch", *flags], capture_output=True, text=True, timeout=_ANSWER, check=False)
+            except subprocess.TimeoutExpired:
+                raise ValueError(
+                    f"sbatch did not answer in {_ANSWER} s: SLURM's controller may be down; nothing was submitted; try later"
+                ) from None
             if done.returncode:
                 said = " ".join(line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines())
                 raise ValueError(
@@ -203,8 +209,10 @@ class Slurm:
             with executor.batch():
                 jobs = [executor.submit(one) for one in work]
             return str(jobs[0].job_id).partition("_")[0]
-        except (FailedJobError, FailedSubmissionError) as error:
+        except FailedJobError as error:
             raise ValueError(f"SLURM refused {name}: {_last(error)}") from error
+        except FailedSubmissionError as error:  # its first line is what sbatch said, the others are about Python
+            raise ValueError(f"sbatch told no id of {name}: {str(error).splitlines()[0]}") from error
 
     def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
         """Write the pickle that submitit writes after `sbatch` has told it the id."""

@@ -174,7 +174,12 @@ def squeue(names: Iterable[str]) -> dict[str, list[Queued]]:
     for some in _cut(list(names)):
         command = ["squeue", "--noheader", "--array", "--format=%i|%j|%T|%r|%M", f"--name={','.join(some)}"]
         for line in ask(command).splitlines():
-            job, name, state, reason, elapsed = line.split("|", 4)
+            try:
+                job, name, state, reason, elapsed = line.split("|", 4)
+            except ValueError:
+                raise ValueError(
+                    f"squeue answered what is no line of a job ({line.strip()}); try again later"
+                ) from None
             if state not in _ENDING and reason != "DependencyNeverSatisfied":
                 out.setdefault(name, []).append(Queued(job, state, reason, elapsed))
     return out

@@ -18,7 +18,7 @@ from launchers.cluster import Resources, Slurm, resources
 from launchers.submit import Settings, plan, submit
 from ssgr.files import write_json
 from ssgr.graph import Graph, Planned
-from ssgr.queue import Queued, Records, Submitted
+from ssgr.queue import Queued, Records, Submitted, squeue
 from ssgr.store import Store
 from ssgr.sweep import Sweep, read
 
@@ -363,6 +363,39 @@ def test_flags_without_a_value_are_given_or_left_out(tmp_path: Path, monkeypatch
     for written in (lines, (tmp_path / "sbatch").read_text().split()):
         assert not [line for line in written if "False" in line or "None" in line or "True" in line]
     assert not [line for line in lines if line.startswith("srun")]
+
+
+@pytest.mark.parametrize(
+    ("command", "script", "said"),
+    [
+        (
+            "sbatch",
+            "exec sleep 9",
+            "sbatch did not answer in 0.1 s: SLURM's controller may be down; nothing was submitted",
+        ),
+        ("sbatch", "", 'sbatch told no id of name: Could not make sense of sbatch output ""'),
+        ("squeue", "echo Maintenance on Monday", r"squeue answered what is no line of a job \(Maintenance on Monday\)"),
+    ],
+)
+def test_a_command_of_slurm_that_hangs_or_babbles_is_one_sentence(
+    command: str, script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script if name == command else ''}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if "sleep" in script:
+        monkeypatch.setattr("launchers.cluster._ANSWER", 0.1)
+    asked = resources({}, "prune")
+
+    def ask() -> None:
+        if command == "squeue":
+            squeue(["name"])
+        Slurm().check({"prune": asked})
+        Slurm().submit([print], "name", asked, None, tmp_path / "logs", None)
+
+    with pytest.raises(ValueError, match=said):
+        ask()
 
 
 def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:
