@@ -16,7 +16,7 @@ from launchers.work import Report, Work
 from ssgr.graph import KINDS, Stage
 from ssgr.queue import FOLDER, Queued, Records, Submitted
 from ssgr.store import SMALL, Store
-from ssgr.sweep import Sweep, submitted
+from ssgr.sweep import Sweep, read, submitted
 
 REPORT = "report"
 LOGS = "jobs"  # in the sweep's folder
@@ -98,9 +98,9 @@ def submit(sweep: Sweep, store: Store, cluster: Cluster, settings: Settings) -> 
         shapes = kinds(found, settings)
         if found.arrays:
             cluster.check(shapes)
+        gone = _dropped(sweep, records, live) if settings.cancel_dropped else []
         sweep.write()
-        if settings.cancel_dropped:
-            cluster.cancel(_dropped(sweep, records, live))
+        cluster.cancel(gone)
         logs = sweep.folder / LOGS
         logs.mkdir(parents=True, exist_ok=True)
         done: list[Submitted] = []
@@ -201,6 +201,10 @@ def _report(
 def _dropped(sweep: Sweep, records: Records, live: Mapping[str, Queued]) -> list[str]:
     """The jobs that were submitted for this sweep's folder of stages that neither it nor another sweep wants."""
     wanted = sweep.graph.stages.keys() | submitted(records.root, but=sweep.folder)
+    before = read(sweep.folder)
+    for stage in reversed(before.graph.stages.values() if before else ()):
+        if stage.key in wanted and stage.key in live:  # it waits for the parts of before, where there are others now
+            wanted |= {*stage.needs}
     own = [one for one in records.read() if Path(one.folder).parent == sweep.folder and one.kind != REPORT]
     gone = [key for one in own for keys in one.tasks if wanted.isdisjoint(keys) for key in keys]
     return sorted({live[key].job for key in gone if key in live})

@@ -98,6 +98,12 @@ class Recording:
     def cancel(self, jobs: Sequence[str]) -> None:
         self.cancelled += jobs
 
+    def queue(self, names: Iterable[str]) -> dict[str, list[Queued]]:
+        """Its answer to squeue: every job waits."""
+        sizes = {name: (f"{1001 + i}", size) for i, (name, size, _) in enumerate(self.arrays)}
+        ids = {name: [f"{job}_{j}" for j in range(size)] if size > 1 else [job] for name, (job, size) in sizes.items()}
+        return {name: [Queued(job, "PENDING", "None", "0:00") for job in ids[name]] for name in names}
+
 
 def starts_after(found: Sequence[Array], array: int, element: int) -> set[str]:
     """The keys that are made before an element of an array starts, as SLURM would see to it."""
@@ -419,13 +425,7 @@ def test_only_jobs_that_no_sweep_wants_any_more_are_cancelled(
 ) -> None:
     """A changed grid drops cells of which another sweep of the store has joined one."""
     store, cluster = Store(tmp_path / "store"), Recording()
-
-    def queue(names: Iterable[str]) -> dict[str, list[Queued]]:
-        sizes = {name: (f"{1001 + i}", size) for i, (name, size, _) in enumerate(cluster.arrays)}
-        ids = {name: [f"{job}_{j}" for j in range(size)] if size > 1 else [job] for name, (job, size) in sizes.items()}
-        return {name: [Queued(job, "PENDING", "None", "0:00") for job in ids[name]] for name in names}
-
-    monkeypatch.setattr("ssgr.queue.squeue", queue)
+    monkeypatch.setattr("ssgr.queue.squeue", cluster.queue)
     cut = Settings(fold=FOLD, cancel_dropped=cancel)
     first, joined, changed = Graph(), Graph(), Graph()
     for n in range(3):
@@ -439,3 +439,12 @@ def test_only_jobs_that_no_sweep_wants_any_more_are_cancelled(
     submit(sweep_of(changed, store, tmp_path / "sweep"), store, cluster, cut)
     gone = {live[key].job for key in ("p-c-w2", "s-c-w2")} if cancel else set()
     assert set(cluster.cancelled) == gone
+
+
+def test_other_parts_leave_those_that_a_queued_job_waits_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, cluster = Store(tmp_path / "store"), Recording()
+    monkeypatch.setattr("ssgr.queue.squeue", cluster.queue)
+    for parts in (3, 2):
+        sweep = sweep_of(grid(1, 1, parts), store, tmp_path / "sweep")
+        submit(sweep, store, cluster, Settings(fold=FOLD, cancel_dropped=True))
+    assert not cluster.cancelled
