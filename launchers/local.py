@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import submitit
 import torch
@@ -66,7 +69,22 @@ def _start(sweep: Sweep, task: Task, slot: int, threads: int, timeout_min: int) 
     gpus = torch.cuda.device_count()
     visible = {"gpus_per_node": 1, "visible_gpus": (slot % gpus,)} if gpus else {}
     executor.update_parameters(timeout_min=timeout_min, **visible)
-    return executor.submit(work_of(sweep, task.keys, threads))
+    with _aside(sweep.folder / LOGS / "submitit.err"):
+        return executor.submit(work_of(sweep, task.keys, threads))
+
+
+@contextlib.contextmanager
+def _aside(file: Path) -> Iterator[None]:
+    """What is started meanwhile has its errors in `file`: submitit's own process ends with a traceback at Ctrl-C."""
+    file.parent.mkdir(exist_ok=True)
+    with file.open("a") as log:
+        kept = os.dup(2)
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
 
 
 def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submitit.Job[None]) -> list[str]:

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from launchers import grid, outcome
+from launchers import grid, local, outcome
 from ssgr import assemble, status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
@@ -427,6 +427,18 @@ def test_a_scheduler_that_is_away_for_a_while_is_asked_again(
         ValueError, match=r"squeue failed; no longer watched, and the jobs go on: python -m ssgr.status the/sw"
     ):
         grid._patiently(ask, sweep)
+
+
+def test_processes_of_submitit_have_their_errors_in_a_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Else Ctrl-C leaves a traceback of each on the terminal."""
+    monkeypatch.setattr("submitit.LocalExecutor.submit", lambda *_: os.write(2, b"Traceback"))
+    monkeypatch.setattr(local, "work_of", lambda *_: None)
+    started: Any = SimpleNamespace(folder=tmp_path, keys=())
+    local._start(started, started, 0, 1, 10)
+    os.write(2, b"told")
+    assert capfd.readouterr().err == "told" and (tmp_path / "jobs" / "submitit.err").read_text() == "Traceback"
 
 
 def test_a_single_cell_that_was_refused_is_told_why(
