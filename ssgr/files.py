@@ -39,6 +39,30 @@ def write_json(file: Path, content: object) -> None:
     beside.replace(file)
 
 
+def below(folder: Path, *names: str, whole: bool = False) -> list[Path]:
+    """What has one of these names in `folder` or deeper, also behind links to folders, such as those to another disk; each
+    folder once, and under its own name where that lies below as well.
+
+    Raises:
+        OSError: with `whole`, a folder cannot be read.
+    """
+
+    def told(error: OSError) -> None:
+        if whole and not isinstance(error, FileNotFoundError):  # one that is gone meanwhile holds nothing
+            raise error
+
+    found, seen, left = [], set[str](), [str(folder)]
+    for start in left:
+        for at, folders, others in os.walk(start, onerror=told):
+            if (real := os.path.realpath(at)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            left += [inner for name in folders if os.path.islink(inner := os.path.join(at, name))]
+            found += [Path(at, name) for name in (*folders, *others) if name in names]
+    return found
+
+
 def cached(name: str, make: Callable[[], str]) -> str:
     """What `make` gives, made once: other processes find it under `name` in the user's cache, if there is one.
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ssgr.files import write_bytes
+from ssgr.files import below, write_bytes
 from ssgr.graph import Graph, Stage
 from ssgr.keys import KEY_LENGTH, digest
 from ssgr.queue import Records
@@ -148,7 +148,7 @@ def referred(folders: Sequence[Path]) -> set[str]:
     """
     out: set[str] = set()
     for folder in folders:
-        for file in (*folder.rglob("result.json"), *folder.rglob(MANIFEST)):
+        for file in below(folder, "result.json", MANIFEST, whole=True):
             try:
                 found = json.loads(file.read_text())
                 out |= {one["key"] for one in found["stages"]} if file.name == MANIFEST else {*found["keys"].values()}

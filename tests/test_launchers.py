@@ -31,7 +31,7 @@ from ssgr.stages.sample import TRACES
 from ssgr.store import Store
 from ssgr.store.__main__ import delete, entries
 from ssgr.store.__main__ import main as store_main
-from ssgr.sweep import Sweep, read
+from ssgr.sweep import Sweep, read, referred
 from ssgr.tables import read_traces
 from tests import sweeps
 
@@ -320,6 +320,31 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     (outputs / "sweep" / "0").mkdir(parents=True)
     assert store_main(["gc", "--delete", "--store", str(outputs), "--outputs", str(outputs)]) == 1
     assert "outputs is no store" in capsys.readouterr().err and (outputs / "sweep" / "0").is_dir()
+
+
+def test_what_lies_behind_a_link_is_found_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as outputs/sweeps on another disk: gc removed all that its sweeps had made, and the report found none."""
+    cell, outputs = tmp_path / "scratch" / "sweep" / "0", tmp_path / "outputs"
+    cell.mkdir(parents=True)
+    (cell / "result.json").write_text(json.dumps({"keys": {"prune": "b"}}))
+    (cell / "up").symlink_to(tmp_path / "scratch")
+    outputs.mkdir()
+    (outputs / "sweeps").symlink_to(tmp_path / "scratch")
+    (outputs / "gone").symlink_to(tmp_path / "nothing")
+    store = Store(tmp_path / "store")
+    store.run("prune", "b", lambda work: None)
+    where = ["--store", str(store.root), "--outputs", str(outputs)]
+    assert store_main(["gc", "--delete", *where]) == 0 and store.find("prune", "b")
+    assert cells.result_files([outputs]) == [outputs / "sweeps" / "sweep" / "0" / "result.json"]
+    assert cells.result_files([tmp_path]) == [cell / "result.json"]
+
+    def closed(path: str) -> object:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    monkeypatch.setattr("os.scandir", closed)  # of another user
+    assert cells.result_files([outputs]) == []
+    with pytest.raises(PermissionError):
+        referred([outputs])
 
 
 @pytest.mark.parametrize("name", ["result.json", "sweep.json"])

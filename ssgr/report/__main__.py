@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ssgr import sweep
 from ssgr.errors import unless_closed
+from ssgr.files import below
 from ssgr.report import table
 from ssgr.report.cells import Cell, find
 from ssgr.store import Store
@@ -92,7 +93,7 @@ def _assembled(paths: list[Path]) -> list[str]:
     """Write the results of the sweeps among `paths` that launchers run stage by stage; a line for each that is not there yet."""
     out: list[str] = []
     for path in paths:
-        for manifest in sorted(path.glob("**/" + sweep.MANIFEST) if path.is_dir() else ()):
+        for manifest in sorted(below(path, sweep.MANIFEST)):
             found = sweep.read(manifest.parent)
             if found is not None and Path(found.store).is_dir():
                 from ssgr import assemble  # loads torch, which takes seconds

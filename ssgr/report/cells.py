@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssgr.files import below
 from ssgr.intervals import linear
 from ssgr.records import Verdict
 from ssgr.sweep import COMMAND
@@ -110,9 +111,9 @@ def result_files(given: Iterable[Path]) -> list[Path]:
         if path.is_file():
             found.append(path)
             continue
-        below = sorted(path.rglob("result.json"), key=natural)
-        cells = {folder: _cells_of(folder) for folder in {file.parent.parent for file in below}}
-        found += [file for file in below if (own := cells[file.parent.parent]) is None or file.parent in own]
+        there = sorted(below(path, "result.json"), key=natural)
+        cells = {folder: _cells_of(folder) for folder in {file.parent.parent for file in there}}
+        found += [file for file in there if (own := cells[file.parent.parent]) is None or file.parent in own]
     return found
 
 

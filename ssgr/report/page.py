@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ssgr.files import cached, write_bytes
+from ssgr.files import below, cached, write_bytes
 from ssgr.report import charts, figures, inside, ran, traces
 from ssgr.report.cells import Cell, natural, read, result_files, told_apart
 from ssgr.report.drawing import metric_title
@@ -80,7 +80,7 @@ def find(paths: Iterable[Path], unfinished: bool = True) -> tuple[list[Cell], li
 
 def _unfinished(folder: Path) -> list[str]:
     """A line for each cell that Hydra began in this process, and that left no result."""
-    begun = sorted((path.parent for path in folder.rglob(".hydra") if path.parent.name.isdigit()), key=natural)
+    begun = sorted((path.parent for path in below(folder, ".hydra") if path.parent.name.isdigit()), key=natural)
     return [
         f"no result of cell {cell.name} of {cell.parent}: it failed or did not end; its log is {cell / 'run.log'}"
         for cell in begun
