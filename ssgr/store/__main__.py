@@ -16,7 +16,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssgr.errors import unless_closed
-from ssgr.lease import Lease
+from ssgr.lease import Lease, beating
 from ssgr.store import MANIFEST, Store
 from ssgr.sweep import referred, submitted
 
@@ -149,8 +149,8 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder of runs; type --outputs DIR")
     found = unreferred(list(entries(store)), referred(args.outputs) | submitted(store.root))
-    found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here
-    busy = False
+    found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here, as leases do
+    busy = args.delete and any(beating(lease, store.stale_seconds) for lease in store.root.glob("*/*.lease"))
     freed = 0
     for entry in found:
         gone = args.delete and not (busy and entry.kind == "result") and delete(store, entry)
