@@ -50,8 +50,9 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
         traces = pipeline.sample_shard(experiment, store)
         _log.info("%s: %d traces are in %s; the same command without shard= goes on", label(), traces, store.root)
         return None
-    result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
-    results.write(result, store, folder)
+    with store.working():
+        result = pipeline.run(experiment, store, OmegaConf.to_container(cfg, resolve=True))  # type: ignore[arg-type]
+        results.write(result, store, folder)
     tracker.track(tracker.Cell(result, folder, sweep, store.root, tuple(own.overrides.task)))
     hits, misses = sum(store.hits.values()), sum(store.misses.values())
     _log.info("%s: %d stages read from the store, %d made; results in %s", label(), hits, misses, folder)

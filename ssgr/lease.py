@@ -181,6 +181,20 @@ class Lease:
                     fcntl.flock(file, fcntl.LOCK_UN)
 
 
+@contextlib.contextmanager
+def held(file: Path, alone: bool) -> Iterator[bool]:
+    """Hold `file` beside others, or `alone`; False if others hold it then. The kernel drops it with its process."""
+    with open(file, "ab") as stream:
+        free = True
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB if alone else fcntl.LOCK_SH)
+        except BlockingIOError:
+            free = False
+        except OSError as error:
+            log.debug("%s: no locks on this file system (%s)", file, error)
+        yield free
+
+
 def beating(path: Path, stale_seconds: float) -> bool:
     """Whether the lease `path` has a holder that is not known to be dead and was heard of not long ago."""
     try:

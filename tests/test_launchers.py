@@ -416,6 +416,9 @@ def test_a_cell_in_use_is_never_cleared(tmp_path: Path, capsys: pytest.CaptureFi
         (tmp_path / "result.json").write_text(json.dumps({"keys": {"prune": "d"}}))  # made again for what names it
         assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path)]) == 0
         assert "a process works in this store" in capsys.readouterr().out
+    with store.working():  # a run, between two stages
+        assert store_main(["gc", "--delete", "--store", str(store.root), "--outputs", str(tmp_path)]) == 0
+        assert "a process works in this store" in capsys.readouterr().out
     assert (store.root / "prune" / "d.work").exists()
     assert (store.root / "sample" / "a").exists(), "what works there may be about to read it"
 

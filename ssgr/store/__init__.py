@@ -28,11 +28,12 @@ from typing import Any
 
 from ssgr.errors import system_number
 from ssgr.keys import Json, describe
-from ssgr.lease import Lease
+from ssgr.lease import Lease, held
 from ssgr.records import StageRun
 
 MANIFEST = "manifest.json"
 MANIFEST_VERSION = 1
+WORKING = ".working"  # held by whoever makes results that nothing refers to yet, and alone by who clears a store
 ALWAYS_CHECKSUMMED = 64 * 2**20  # bytes a result: a fraction of a second; a larger one is checksummed once a process
 SMALL = 256 * 2**10  # bytes a file: notes, scores and small tables, which a driver checks of every result of a grid
 POLL_SECONDS = (0.2, 2.0)  # first and longest pause of a waiter; it grows, as a grid may wait with hundreds
@@ -146,6 +147,12 @@ class Store:
     def alone(self, what: str) -> Iterator[None]:
         """Be the only process of all hosts that is here with `what`; a dead one's place is taken."""
         with self._wait_for_lease(self._open(what) / "driver"):
+            yield
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """Keep what is made and read here from being cleared, between stages too, until something refers to it."""
+        with held(self._open("") / WORKING, alone=False):
             yield
 
     def damage(self, stage: str, key: str) -> str | None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ssgr.errors import unless_closed
-from ssgr.lease import Lease, beating
-from ssgr.store import MANIFEST, Store
+from ssgr.lease import Lease, beating, held
+from ssgr.store import MANIFEST, WORKING, Store
 from ssgr.sweep import referred, submitted
 
 OUTPUTS = "outputs"
@@ -148,9 +148,14 @@ def _gc(store: Store, args: argparse.Namespace) -> int:
     for folder in args.outputs:  # a mistyped one would leave nothing that refers to its results
         if not folder.is_dir():
             raise ValueError(f"{folder} is no folder of runs; type --outputs DIR")
+    with held(store.root / WORKING, alone=True) if args.delete else contextlib.nullcontext(True) as idle:
+        return _clear(store, args, busy=not idle)
+
+
+def _clear(store: Store, args: argparse.Namespace, busy: bool) -> int:
     found = unreferred(list(entries(store)), referred(args.outputs) | submitted(store.root))
     found.sort(key=lambda entry: entry.kind != "unfinished")  # which tell whether anybody works here, as leases do
-    busy = args.delete and any(beating(lease, store.stale_seconds) for lease in store.root.glob("*/*.lease"))
+    busy |= args.delete and any(beating(lease, store.stale_seconds) for lease in store.root.glob("*/*.lease"))
     freed = 0
     for entry in found:
         gone = args.delete and not (busy and entry.kind == "result") and delete(store, entry)
