@@ -300,6 +300,7 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     store.run("prune", "b", make, inputs={"sample": "a"})
     store.run("prune", "c", make)
     (tmp_path / "store" / "prune" / "d.work").mkdir()
+    (tmp_path / "store" / "prune" / "d.work" / "gone").symlink_to("since it was listed")
     (outputs / "run").mkdir(parents=True)
     (outputs / "run" / "result.json").write_text(json.dumps({"keys": {"prune": "b"}}))
     where = ["--store", str(store.root), "--outputs", str(outputs)]

@@ -38,7 +38,7 @@ class Entry:
 def entries(store: Store) -> Iterator[Entry]:
     """All that lies in a store, by stage."""
     for path in sorted(store.root.glob("*/*/")):
-        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        size = sum(_bytes(os.path.join(at, name)) for at, _, names in os.walk(path) for name in names)
         kind = {"": "result", ".work": "unfinished", ".gone": "gone"}.get(path.suffix, "damaged")
         seconds, inputs = 0.0, ()
         if kind == "result":
@@ -46,6 +46,13 @@ def entries(store: Store) -> Iterator[Entry]:
                 found = json.loads((path / MANIFEST).read_text())
                 seconds, inputs = found["seconds"], tuple(found["inputs"].values())
         yield Entry(path.parent.name, path, kind, size, seconds, inputs)
+
+
+def _bytes(file: str) -> int:
+    """Its size; 0 where it is gone since it was listed, as work goes on here."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.stat(file).st_size
+    return 0
 
 
 def unreferred(found: Sequence[Entry], keys: set[str]) -> list[Entry]:
