@@ -448,3 +448,34 @@ def test_other_parts_leave_those_that_a_queued_job_waits_for(tmp_path: Path, mon
         sweep = sweep_of(grid(1, 1, parts), store, tmp_path / "sweep")
         submit(sweep, store, cluster, Settings(fold=FOLD, cancel_dropped=True))
     assert not cluster.cancelled
+
+
+def test_what_the_queue_says_of_the_jobs_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs that end or never run are none; a record whose id was not noted is known by its name, a damaged one left out."""
+    asked: list[int] = []
+
+    def ask(command: Sequence[str]) -> str:
+        asked.append(len(command[-1].split(",")))
+        states = {"7_0": "RUNNING|None", "7_1": "PENDING|DependencyNeverSatisfied", "7_2": "FAILED|NonZeroExitCode"}
+        lines = [f"{job}|ssgr-z|{state}|0:01|x" for job, state in states.items()]
+        return "\n".join(lines) if "ssgr-z" in command[-1] else ""
+
+    monkeypatch.setattr("ssgr.queue.ask", ask)
+    records = Records(tmp_path)
+    records.write(Submitted("ssgr-z", "prune", (("a",), ("b",), ("c",)), "logs", when="1"))
+    records.write(Submitted("ssgr-a", "prune", (("a",),), "logs", job="6", when="2"))
+    (tmp_path / "jobs" / "ssgr-b.json").write_text("{")
+    assert [one.name for one in records.read()] == ["ssgr-z", "ssgr-a"]
+    assert {key: job.job for key, job in records.live().items()} == {"a": "7_0"}
+    assert set(records.last()) == {"a"}
+    assert [one.job for one in records.settle()] == ["7"]
+    assert [one.ended for one in records.read()] == [False, True] and set(records.last()) == {"a", "b", "c"}
+    asked.clear()
+    squeue(f"ssgr-{i}" for i in range(201))
+    records.live()
+    assert asked == [200, 1, 1]
+    (tmp_path / "prune").mkdir()
+    (tmp_path / "prune" / "a.failed").write_text("{")
+    assert records.failure("prune", "a") is None
+    (tmp_path / "grade").touch()  # a disk that takes nothing more
+    records.fail("grade", "a", "no luck", "log")
