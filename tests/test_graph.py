@@ -69,6 +69,7 @@ class Recording:
     def __init__(self, refuse_after: int | None = None) -> None:
         self.arrays: list[tuple[str, int, str | None]] = []
         self.work: list[Any] = []
+        self.parallel: list[int | None] = []
         self.checked: Mapping[str, Resources] = {}
         self.cancelled: list[str] = []
         self.given: list[tuple[str, tuple[str, ...]]] = []
@@ -90,6 +91,7 @@ class Recording:
             raise ValueError(f"SLURM refused {name}: submit limit reached")
         self.arrays.append((name, len(work), dependency))
         self.work += work
+        self.parallel.append(parallel)
         return str(1000 + len(self.arrays))
 
     def give(self, one: Submitted, i: int, work: Any, asked: Resources) -> None:
@@ -219,7 +221,11 @@ def sweep_of(graph: Graph, store: Store, folder: Path) -> Sweep:
 def test_submission_records_every_job_and_the_report_waits_for_all(tmp_path: Path) -> None:
     store, cluster = Store(tmp_path / "store"), Recording()
     sweep = sweep_of(grid(2, 3), store, tmp_path / "sweep")
-    done = submit(sweep, store, cluster, Settings(fold=FOLD))
+    Records(store.root).fail("sample", "s", "an earlier try", "log")
+    done = submit(sweep, store, cluster, Settings(fold=FOLD, max_parallel=7))
+    assert Records(store.root).failure("sample", "s") is None
+    assert set(cluster.checked) == {"sample", "select", "prune", "report"}
+    assert cluster.parallel == [7] * len(done.arrays) + [None]
     assert done.jobs == 2 + 2 + 6 + 6 and cluster.arrays[-1][0].startswith("ssgr-report")
     assert cluster.arrays[-1][2] == "afterany:" + ":".join(str(one.job) for one in done.arrays)
     assert {one.name for one in Records(store.root).read()} == {name for name, *_ in cluster.arrays}
@@ -247,13 +253,15 @@ def test_jobs_of_a_driver_that_died_are_found_by_name_and_told_what_to_do(
     records = Records(store.root)
     records.write(Submitted("ssgr-prune-a", "prune", (("p-c0-w0",), ("p-c0-w1",)), "logs"))
     records.write(Submitted("ssgr-prune-b", "prune", (("p-c1-w0",),), "logs"))  # sbatch never got it
+    records.write(Submitted("ssgr-sample-c", "sample", (("s-dense", "g-other"),), "logs"))  # of another sweep, in part
     queue = {
-        "ssgr-prune-a": [Queued("12_0", "RUNNING", "None", "0:01"), Queued("12_1", "PENDING", "Resources", "0:00")]
+        "ssgr-sample-c": [Queued("14", "PENDING", "Resources", "0:00")],
+        "ssgr-prune-a": [Queued("12_0", "RUNNING", "None", "0:01"), Queued("12_1", "PENDING", "Resources", "0:00")],
     }
     monkeypatch.setattr("ssgr.queue.squeue", lambda names: {name: queue[name] for name in names if name in queue})
     done = submit(sweep_of(grid(2, 2), store, tmp_path / "sweep"), store, cluster, Settings(fold=FOLD))
     assert cluster.given == [("12_0", ("p-c0-w0",)), ("12_1", ("p-c0-w1",))]
-    assert set(done.plan.live) == {"p-c0-w0", "p-c0-w1"}
+    assert set(done.plan.live) == {"s-dense", "p-c0-w0", "p-c0-w1"}
     assert "ssgr-prune-b" not in {one.name for one in records.read()}
     assert any("afterok:12_0" in (after or "") for _, _, after in cluster.arrays)
 
@@ -431,12 +439,12 @@ def test_only_jobs_that_no_sweep_wants_any_more_are_cancelled(
     for n in range(3):
         first.add(n, cell("c", f"w{n}"))
     joined.add(0, cell("c", "w1"))
-    changed.add(0, cell("c", "w0"))
+    changed.add(0, cell("c", "w0")[:-1])  # of whose last job a part is wanted
     submit(sweep_of(first, store, tmp_path / "sweep"), store, cluster, cut)
     submit(sweep_of(joined, store, tmp_path / "other"), store, cluster, cut)
     live = Records(store.root).live()
     assert not cluster.cancelled
-    submit(sweep_of(changed, store, tmp_path / "sweep"), store, cluster, cut)
+    assert submit(sweep_of(changed, store, tmp_path / "sweep"), store, cluster, cut).report is None, "it is queued"
     gone = {live[key].job for key in ("p-c-w2", "s-c-w2")} if cancel else set()
     assert set(cluster.cancelled) == gone
 
