@@ -16,7 +16,7 @@ from ssgr import intervals
 from ssgr.report import table
 from ssgr.report.__main__ import main
 from ssgr.report.cells import find
-from ssgr.report.compare import Gap, compare
+from ssgr.report.compare import Gap, compare, holds_zero
 from tests.test_report import cell
 
 
@@ -127,6 +127,7 @@ def test_a_difference_of_few_problems_proves_little() -> None:
     assert intervals.clustered_t(np.full((1, 1, 4), -1.0)) == 1 / 8  # all four worse: one in eight by chance
     assert intervals.clustered_t(np.full((3, 1, 1), -1.0)) == 1
     assert intervals.clustered_t(np.zeros((2, 2, 50))) == 1
+    assert holds_zero((-0.1, -1e-16)) and holds_zero((1e-16, 0.1)), "rounding"
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 40])

@@ -137,6 +137,10 @@ def test_small_stages_go_on_in_the_job_of_what_they_read() -> None:
         ("s", "g"), ("sel-c0",), ("s-dense", "g-dense", "e-dense"), ("p-c0-w0",), ("s-c0-w0", "g-c0-w0", "e-c0-w0"),
     ]  # fmt: skip
     assert all(len(task.keys) == 1 for task in todo(graph, fold={}))
+    two = Graph()  # what needs something else too would wait for it in the middle of its job, here for ever
+    both = Planned("evaluate", "evaluate", "e", ("s", "p"))
+    two.add(0, [Planned("sample", "sample", "s", ()), Planned("prune", "prune", "p", ("s",)), both])
+    assert [task.keys for task in todo(two, {"evaluate": "sample"})] == [("s",), ("p",), ("e",)]
 
 
 def test_a_job_holds_stages_of_one_cell_only() -> None:
