@@ -118,6 +118,7 @@ def test_a_weight_that_is_used_without_its_module_is_told_of(
 def test_a_layer_that_would_lose_many_outputs(order: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     def weaken(model: nn.Module) -> None:
         model.model.layers[1].mlp.up_proj.weight.data[:5] *= 1e-6
+        model.model.layers[1].mlp.up_proj.weight.data[5:9] = 0  # these had none to lose
 
     model = saved(tmp_path / "m", weaken)
     with pytest.raises(
