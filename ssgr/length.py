@@ -25,7 +25,7 @@ class Length:
         if self.unit not in ("percentile", "tokens"):
             raise ValueError(f"length.unit={self.unit!r}: valid units are percentile, tokens")
         low, high = self.low or 0.0, float("inf") if self.high is None else self.high
-        if not 0 <= low < high or (self.unit == "percentile" and self.high is not None and self.high > 100):
+        if not 0 <= low < high or (self.unit == "percentile" and max(low, self.high or 0) > 100):
             raise ValueError(
                 f"length={self.name}: low={self.low}, high={self.high} is no band of {self.unit}; "
                 "give 0 <= low < high (percentiles up to 100), such as length.low=33 length.high=67"

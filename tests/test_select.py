@@ -112,6 +112,8 @@ def test_bad_length_bands_are_refused() -> None:
         Length("x", "words", 0, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no band of percentile"):
         Length("x", "percentile", 50, 120)
+    with pytest.raises(ValueError, match="low=150, high=None is no band of percentile"):
+        Length("x", "percentile", 150, None)
 
 
 def test_scope_weighs_the_streams_of_a_row() -> None:
