@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 from ssgr import tables
 from ssgr.experiment import Experiment
 from ssgr.flow import Flow
@@ -111,10 +113,25 @@ def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:
             bench.check(context)
     budget = _within_context(experiment.budget, context)
     flow = Flow(dataclasses.replace(experiment, model=model, budget=budget), store, gguf.record(converted), parts)
+    _see_vocabulary(flow.tokenizer, skeleton)
     if converted:
         flow.done["convert"] = converted
         flow.planned.append(Planned("convert", converted.stage, converted.key, ()))
     return flow
+
+
+def _see_vocabulary(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
+    """See that the model has an embedding for every token; those that were added to a tokenizer may lie beyond and never come.
+
+    Raises:
+        ValueError: it has not.
+    """
+    known = len(next(model.get_input_embeddings().parameters()))
+    if tokenizer.vocab_size > known:
+        raise ValueError(
+            f"model.path: its tokenizer has {tokenizer.vocab_size} tokens, and the model embeds {known}: they are of two models; "
+            "put the model's own tokenizer files beside it"
+        )
 
 
 def _within_context(budget: Budget, context: int | None) -> Budget:

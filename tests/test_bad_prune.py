@@ -17,6 +17,7 @@ from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
 from ssgr.model.blocks import decoder_blocks, weightless
+from ssgr.pipeline import _see_vocabulary
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
 from ssgr.pruner.magnitude import Magnitude
@@ -98,6 +99,14 @@ def test_encoders_are_refused(kind: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"encoder and a decoder \(bart\); use a decoder-only model"):
         Model("m", str(tmp_path), device="cpu").skeleton()
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    _see_vocabulary(tokenizer, random_model(vocabulary=512))
+    with pytest.raises(
+        ValueError, match="its tokenizer has 512 tokens, and the model embeds 511: they are of two models"
+    ):
+        _see_vocabulary(tokenizer, random_model(vocabulary=511))
 
 
 def test_a_weight_that_is_used_without_its_module_is_told_of(
