@@ -90,7 +90,7 @@ def arrays(todo: Sequence[Task], live: Mapping[str, str], limit: int) -> list[Ar
     """
     out: list[Array] = []
     place: dict[str, tuple[int, int]] = {}  # a stage's key -> its array and element
-    for level in _levels(todo, live):
+    for level in _levels(todo):
         groups: dict[_Group, list[_Member]] = defaultdict(list)
         for task in level:
             own = frozenset(place[need] for need in task.needs if need in place)
@@ -129,13 +129,13 @@ def _aligned(
         yield members[k : k + limit], after
 
 
-def _levels(todo: Sequence[Task], live: Mapping[str, str]) -> Iterator[list[Task]]:
+def _levels(todo: Sequence[Task]) -> Iterator[list[Task]]:
     """Tasks whose needs are in earlier levels, level by level."""
     home = {key: task.id for task in todo for key in task.keys}
     depth: dict[str, int] = {}
     levels: dict[int, list[Task]] = defaultdict(list)
     for task in todo:  # in the order of the graph: what a task needs comes before it
-        above = [depth[home[need]] for need in task.needs if need in home and need not in live]
+        above = [depth[home[need]] for need in task.needs if need in home]
         depth[task.id] = 1 + max(above, default=-1)
         levels[depth[task.id]].append(task)
     for _, level in sorted(levels.items()):

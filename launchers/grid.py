@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shlex
 import sys
 import time
 from collections import Counter
@@ -235,7 +236,8 @@ def _announce(sweep: Sweep, done: Submission) -> None:
     )
     if sweep.refused:
         print(f"{len(sweep.refused)} cells cannot be run and were left out")
-    print(f"watch:   python -m ssgr.status {sweep.folder}\nresults: python -m ssgr.report {sweep.folder}")
+    folder = shlex.quote(str(sweep.folder))
+    print(f"watch:   python -m ssgr.status {folder}\nresults: python -m ssgr.report {folder}")
 
 
 def _dry(sweep: Sweep, store: Store, cut: Settings, kind: str) -> None:

@@ -192,7 +192,11 @@ def held(file: Path, alone: bool) -> Iterator[bool]:
             free = False
         except OSError as error:
             log.debug("%s: no locks on this file system (%s)", file, error)
-        yield free
+        try:
+            yield free
+        finally:  # by hand, as a child forked meanwhile shares the open file
+            with contextlib.suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_UN)
 
 
 def beating(path: Path, stale_seconds: float) -> bool:

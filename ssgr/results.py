@@ -82,7 +82,8 @@ def write(result: RunResult, store: Store, folder: Path) -> None:
         write_bytes(folder / "result.json", json.dumps(to_json(result), indent=1, default=str).encode())
     except OSError as error:
         raise ValueError(
-            f"the output folder {folder} cannot be written ({error.strerror}): type hydra.run.dir=DIR"
+            f"the output folder {folder} cannot be written ({error.strerror}): type hydra.run.dir=DIR, or hydra.sweep.dir=DIR "
+            "with -m"
         ) from error
 
 
