@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from math import inf
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
@@ -12,7 +13,7 @@ from ssgr.loadable import Loadable
 from ssgr.records import Trace
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase  # by name only: their import takes seconds
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,12 @@ def check_room(context: int | None, requests: Sequence[Request], decoding: Decod
         f"longest is that of {longest.problem_id} with {len(longest.prompt_ids)}; type max_new_tokens={room} or less for the "
         "sampler or bench, or drop the problems"
     )
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What `model` calls the cache that it is given (transformers renamed it in 5.24), or "" where it takes none."""
+    given = signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in given), "")
 
 
 def stop_ids(generation: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

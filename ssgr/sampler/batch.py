@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Decoding, Request, cache_argument
 from ssgr.sampler.nucleus import pick, uniforms
 
 _SHRINK = 0.9  # finished rows leave once they are a tenth of the batch: copying the cache costs about one step
@@ -77,6 +77,7 @@ def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, 
     uniform_NT = torch.stack([uniforms(seed, decoding.max_new_tokens) for seed in seeds])
     stop_ids_S = torch.tensor(sorted(stop), device=device)
     cache = _cache(model)
+    given = {cache_argument(model): cache}
     out_NT = torch.zeros((len(rows), decoding.max_new_tokens), dtype=torch.long)
     for row, r in enumerate(rows):
         out_NT[row, : len(r.begun)] = torch.tensor(r.begun, dtype=torch.long)
@@ -92,9 +93,9 @@ def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, 
             input_ids=step_ids,
             attention_mask=mask_NT if padded else None,
             position_ids=position,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **given,
         ).logits[:, -1]
         at_N = length_N[live_N].clamp(max=decoding.max_new_tokens - 1)  # of rows that have ended, any number will do
         token_N = pick(logits_NV.float(), uniform_NT[live_N, at_N].to(device), decoding)

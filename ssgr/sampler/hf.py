@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from inspect import signature
 from typing import ClassVar
 
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +12,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ssgr.loadable import Loadable
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, batch, check_room, slots, stop_ids, workers
+from ssgr.sampler import Decoding, Request, batch, cache_argument, check_room, slots, stop_ids, workers
 from ssgr.sampler.attention import grouped_attention
 from ssgr.sampler.positions import one_way
 
@@ -72,10 +71,10 @@ def _see_kept(model: PreTrainedModel) -> None:
     """
     layers = DynamicCache(config=model.config).layers
     elsewhere = model._is_stateful and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
-    if elsewhere or "past_key_values" not in signature(model.forward).parameters:
+    if elsewhere or not cache_argument(model):
         raise ValueError(
-            f"{type(model).__name__} keeps its state elsewhere than in transformers' past_key_values, and sampler=hf cannot "
-            "sample from it; type calib=corpus bench=perplexity, which need no traces"
+            f"{type(model).__name__} keeps its state elsewhere than in transformers' cache, and sampler=hf cannot sample "
+            "from it; type calib=corpus bench=perplexity, which need no traces"
         )
 
 

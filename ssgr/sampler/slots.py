@@ -26,7 +26,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from ssgr.records import Finish, Trace
-from ssgr.sampler import Decoding, Request
+from ssgr.sampler import Decoding, Request, cache_argument
 from ssgr.sampler.nucleus import pick, uniforms
 
 _NAME = "ssgr_slots"
@@ -100,7 +100,7 @@ class Slots:
 
     def __init__(self, model: PreTrainedModel, size: int, most: int) -> None:
         self.model, self.size, self.most = model, size, most  # no row will have more tokens
-        self.cache = DynamicCache(config=model.config)
+        self.cache, self.given = DynamicCache(config=model.config), cache_argument(model)
         self.layers = [_Layer(self) for _ in self.cache.layers]
         self.cache.layers = list(self.layers)
         self.rows: list[_Row] = []
@@ -140,7 +140,7 @@ class Slots:
         cache = DynamicCache(config=self.model.config)
         if width:
             ids_NT = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in prompts], device=self.model.device)
-            self.model(input_ids=ids_NT, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            self.model(input_ids=ids_NT, use_cache=True, logits_to_keep=1, **{self.given: cache})
         return cache
 
     def _place(self, row: _Row, passed: DynamicCache, n: int) -> None:
@@ -172,7 +172,7 @@ class Slots:
         ids_N1 = torch.tensor([[row.next_id] for row in self.rows], device=device)
         with _stepping(self):
             logits_NV = self.model(
-                input_ids=ids_N1, position_ids=self.at_N[:, None], past_key_values=self.cache, use_cache=True, logits_to_keep=1
+                input_ids=ids_N1, position_ids=self.at_N[:, None], use_cache=True, logits_to_keep=1, **{self.given: self.cache}
             ).logits[:, -1]  # fmt: skip
         length_N += 1
         uniform_N = torch.tensor([row.uniform_T[len(row.ids)] for row in self.rows], dtype=torch.float64)
