@@ -125,7 +125,7 @@ def steps(own: Ranks) -> None:
 
     from ssgr.progress import Progress
 
-    assert "transformers.generation.candidate_generator" in sys.modules and not {"scipy", "sklearn"} & {*sys.modules}
+    assert "transformers.modeling_utils" in sys.modules and not {"scipy", "sklearn"} & {*sys.modules}
 
     with Progress("prune", 2, shown=False) as progress:
         progress.step()

@@ -278,7 +278,7 @@ def test_a_job_loads_nothing_that_transformers_wants_for_other_models() -> None:
     """scikit-learn and scipy take a second of every process; whoever needs them later has them."""
     look = (
         "import gc, sys; from launchers.work import _quieten_libraries; _quieten_libraries(1); assert gc.isenabled()",
-        "import launchers.experiment, ssgr.pipeline; assert 'transformers.generation.candidate_generator' in sys.modules",
+        "import launchers.experiment, ssgr.pipeline; assert 'transformers.modeling_utils' in sys.modules",
         "assert not {'scipy', 'sklearn'} & {*sys.modules}; import scipy.optimize, sklearn.metrics",
     )
     subprocess.run([sys.executable, "-c", "; ".join(look)], cwd=ROOT, check=True)

@@ -63,17 +63,18 @@ class HfSampler:
 
 
 def _see_kept(model: PreTrainedModel) -> None:
-    """See that what `model` keeps of the tokens before is in a cache that it is given: others would see the last token only, or
-    the padding of shorter rows.
+    """See that what `model` keeps of the tokens before is, at least in some layers, keys and values in a cache that it is given:
+    others would see the last token only, or the padding of shorter rows.
 
     Raises:
         ValueError: it is not.
     """
-    layers = DynamicCache(config=model.config).layers
-    elsewhere = model._is_stateful and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
+    attends = any(issubclass(kind, DynamicLayer) for kind in kinds)
+    elsewhere = not attends or (model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer})
     if elsewhere or not cache_argument(model):
         raise ValueError(
-            f"{type(model).__name__} keeps its state elsewhere than in transformers' cache, and sampler=hf cannot sample "
+            f"{type(model).__name__} keeps its state elsewhere than in keys and values, and sampler=hf cannot sample "
             "from it; type calib=corpus bench=perplexity, which need no traces"
         )
 
