@@ -1,4 +1,4 @@
-"""A model that is not loaded yet, for engines and measures that load it, or read its files."""
+"""A model that is not loaded yet, for engines and measures that load it, or read its files; its context."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel  # by name only: its import takes seconds
 
 TODAY = {"strftime_now": datetime(2025, 1, 1).strftime}  # for templates that print it: prompts are the same every day
+
+
+def context_of(config: Any) -> int | None:
+    """The longest text, in tokens, that a model of this configuration is made for; None where it does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 class Loadable(Protocol):

@@ -16,6 +16,7 @@ from ssgr import tables
 from ssgr.experiment import Experiment
 from ssgr.flow import Flow
 from ssgr.graph import Planned
+from ssgr.loadable import context_of
 from ssgr.model import gguf
 from ssgr.records import RunResult, StageRun
 from ssgr.results import result
@@ -107,7 +108,7 @@ def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:
     model, converted = gguf.stored(experiment.model, store)
     skeleton = model.skeleton()
     prune.check(skeleton, experiment.pruner, experiment.sparsity, experiment.collects != "none")
-    context = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    context = context_of(skeleton.config)
     for bench in experiment.benches:
         if not isinstance(bench, evaluate.Bench):
             bench.check(context)

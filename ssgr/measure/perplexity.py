@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ssgr.loadable import Loadable
+from ssgr.loadable import Loadable, context_of
 from ssgr.progress import Progress
 from ssgr.records import Item, Trace
 from ssgr.text import Text
@@ -90,8 +90,7 @@ class Perplexity:
         if not rows:
             raise ValueError(f"bench={self.name}: there are no traces to measure on")
         loaded = model.load()
-        context = getattr(loaded.config.get_text_config(), "max_position_embeddings", None)
-        self._see_room(max(len(ids) for _, ids, _ in rows), context)
+        self._see_room(max(len(ids) for _, ids, _ in rows), context_of(loaded.config))
         losses, tokens = defaultdict[str, float](float), Counter[str]()
         with Progress(self.name, len(rows)) as progress:
             for name, ids, first in rows:

@@ -10,7 +10,7 @@ from typing import ClassVar
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ssgr.loadable import Loadable
+from ssgr.loadable import Loadable, context_of
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, batch, cache_argument, check_room, slots, stop_ids, workers
 from ssgr.sampler.attention import grouped_attention
@@ -47,7 +47,7 @@ class HfSampler:
         """
         model = checkpoint.load()
         _see_kept(model)
-        check_room(getattr(model.config.get_text_config(), "max_position_embeddings", None), requests, decoding)
+        check_room(context_of(model.config), requests, decoding)
         known = len(model.get_input_embeddings().get_parameter("weight"))
         for request in requests:
             if (last := max(request.prompt_ids)) >= known:

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from ssgr.errors import first_line
-from ssgr.loadable import Loadable
+from ssgr.loadable import Loadable, context_of
 from ssgr.records import Trace
 from ssgr.sampler import Decoding, Request, check_room, stop_ids
 from ssgr.sampler.workers import end_with_the_parent
@@ -73,8 +73,8 @@ class VllmSampler:
         folder = str(checkpoint.files())
         trusted = bool(self.options.get("trust_remote_code", checkpoint.trust_remote_code))
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
+        check_room(context_of(config), requests, decoding)
         text = config.get_text_config()
-        check_room(getattr(text, "max_position_embeddings", None), requests, decoding)
         stored = str(getattr(config, "dtype", None) or getattr(text, "dtype", None) or "auto").removeprefix("torch.")
         settings = {
             "model": folder,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ssgr.loadable import context_of
 from ssgr.model import Model
 from ssgr.model.attention import attend_causally
 from ssgr.model.blocks import Matrix, Tail, decoder_blocks, empty, outside, prunes_head, put
@@ -147,8 +148,7 @@ class Walk:
         Raises:
             ValueError: the model turns the positions of a whole batch otherwise where one of its rows is longer than its context.
         """
-        config = self.model.config.get_text_config()
-        context = getattr(config, "max_position_embeddings", None)
+        context, config = context_of(self.model.config), self.model.config.get_text_config()
         if context and longest > context and "'dynamic'" in str(getattr(config, "rope_parameters", None)):
             raise ValueError(
                 f"calib: a row has {longest} tokens, and beyond {context} this model's positions depend on the longest row of a "
