@@ -20,8 +20,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from launchers import outcome, typed
 from ssgr import lean, tracker
+from ssgr.files import write_json
 from ssgr.records import RunResult
-from ssgr.sweep import MANIFEST
+from ssgr.sweep import MANIFEST, PART
 
 sys.path.append(str(Path(__file__).parent / "launchers"))  # where Hydra finds hydra_plugins
 logging.raiseExceptions = False  # a line that a full disk keeps out of run.log is no traceback on the terminal
@@ -47,7 +48,9 @@ def run_cell(cfg: DictConfig) -> RunResult | None:
     experiment = build(cfg)
     check_apart(folder, experiment.model.path)
     if experiment.shard is not None:
-        traces = pipeline.sample_shard(experiment, store)
+        with store.working():
+            keys, traces = pipeline.sample_shard(experiment, store)
+            write_json(folder / PART, {"keys": keys})
         _log.info("%s: %d traces are in %s; the same command without shard= goes on", label(), traces, store.root)
         return None
     with store.working():

@@ -12,7 +12,6 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ssgr import tables
 from ssgr.experiment import Experiment
 from ssgr.flow import Flow
 from ssgr.graph import Planned
@@ -21,7 +20,7 @@ from ssgr.model import gguf
 from ssgr.records import RunResult, StageRun
 from ssgr.results import result
 from ssgr.select import Budget
-from ssgr.stages import evaluate, prune, sample, select
+from ssgr.stages import evaluate, prune, select
 from ssgr.stages.ranks import Crew, Joined
 from ssgr.store import POLL_SECONDS, Artefact, Store
 
@@ -84,8 +83,8 @@ def make(
     )
 
 
-def sample_shard(experiment: Experiment, store: Store) -> int:
-    """Sample this job's part of what the dense model is to answer, and return the number of traces.
+def sample_shard(experiment: Experiment, store: Store) -> tuple[dict[str, str], int]:
+    """Sample this job's part of what the dense model is to answer; the keys of its stages by name, and how many traces they hold.
 
     The same command without `shard` takes the parts that are there, and samples what is missing.
 
@@ -93,14 +92,15 @@ def sample_shard(experiment: Experiment, store: Store) -> int:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
     x = dataclasses.replace(experiment, model=gguf.stored(experiment.model, store)[0])
-    flow = Flow(x, store)
-    parts = []
+    flow, traces = Flow(x, store), 0
     if x.calib.needs == "traces":
-        parts.append(flow.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)[0])
+        _, read = flow.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
+        traces += len(read) * x.decoding.attempts
     for bench in x.sampled_benches:
-        on = bench.asks(x.problems)
-        parts.append(flow.sampled(f"sample_dense.{bench.name}", on, "test", bench.engine, bench.decoding, None)[0])
-    return sum(len(tables.read_traces(part.path / sample.TRACES)) for part in parts)
+        name, on = f"sample_dense.{bench.name}", bench.asks(x.problems)
+        _, read = flow.sampled(name, on, "test", bench.engine, bench.decoding, None)
+        traces += len(read) * bench.decoding.attempts
+    return {name: made.key for name, made in flow.done.items()}, traces
 
 
 def _opened(experiment: Experiment, store: Store, parts: int = 1) -> Flow:

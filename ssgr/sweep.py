@@ -17,6 +17,7 @@ from ssgr.keys import KEY_LENGTH, digest
 from ssgr.queue import Records
 
 MANIFEST, VERSION = "sweep.json", 1
+PART = "shard.json"  # what a job that samples a part leaves: the keys of its stages
 COMMAND = "command.json"  # what a sweep in one process leaves when it ends: what made it, and which cells it has
 CONFIGS = "configs"  # what cells were composed to, by content: a queued job finds its own, however the grid changes
 
@@ -141,14 +142,14 @@ def _sweep(folder: Path, found: dict[str, Any]) -> Sweep:
 
 
 def referred(folders: Sequence[Path]) -> set[str]:
-    """The keys that results and sweeps under `folders` name.
+    """The keys that results, parts and sweeps under `folders` name.
 
     Raises:
         ValueError: one of them is damaged, so that it is not known what it refers to.
     """
     out: set[str] = set()
     for folder in folders:
-        for file in below(folder, "result.json", MANIFEST, whole=True):
+        for file in below(folder, "result.json", PART, MANIFEST, whole=True):
             try:
                 found = json.loads(file.read_text())
                 out |= {one["key"] for one in found["stages"]} if file.name == MANIFEST else {*found["keys"].values()}

@@ -210,7 +210,7 @@ def test_jobs_share_the_sampling(run: Run, tmp_path: Path) -> None:
     for part in ("1/3", "3/3"):
         done = run("calib=self", f"shard={part}")
         assert done.returncode == 0 and "traces are in" in done.stderr + done.stdout, done.stderr
-        assert not (tmp_path / "run" / "result.json").exists()
+        assert not (tmp_path / "run" / "result.json").exists() and (tmp_path / "run" / "shard.json").exists()
     whole = run("calib=self")
     assert whole.returncode == 0, whole.stderr
     told = whole.stderr + whole.stdout

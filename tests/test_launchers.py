@@ -299,17 +299,19 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     store.run("sample", "a", make)
     store.run("prune", "b", make, inputs={"sample": "a"})
     store.run("prune", "c", make)
+    store.run("sample", "e", make)  # a part, which no result names yet
     (tmp_path / "store" / "prune" / "d.work").mkdir()
     (tmp_path / "store" / "prune" / "d.work" / "gone").symlink_to("since it was listed")
     (outputs / "run").mkdir(parents=True)
     (outputs / "run" / "result.json").write_text(json.dumps({"keys": {"prune": "b"}}))
+    (outputs / "run" / "shard.json").write_text(json.dumps({"keys": {"sample 1/2": "e"}}))
     where = ["--store", str(store.root), "--outputs", str(outputs)]
     assert store_main(["ls", *where]) == 0
     assert "prune      2 results" in capsys.readouterr().out
     assert store_main(["verify", *where]) == 0
     assert store_main(["gc", *where]) == 0
     said = capsys.readouterr().out
-    assert "prune/c (result" in said and "d.work" in said and "prune/b (" not in said and "sample/a" not in said
+    assert "prune/c (result" in said and "d.work" in said and "prune/b (" not in said and "sample/" not in said
     assert store_main(["gc", "--delete", *where]) == 0
     assert sorted(path.name for path in (store.root / "prune").iterdir() if path.is_dir()) == ["b"]
     (store.root / "sample" / "a" / "file").write_text("CONTENT")
