@@ -10,7 +10,6 @@ import altair as alt
 import numpy as np
 
 from ssgr.difficulty import wrong_shares
-from ssgr.records import Graded, Trace, Verdict
 from ssgr.report.cells import Cell
 from ssgr.report.compare import once
 from ssgr.report.drawing import MANY, base, color, figure, legend, panelled, shape
@@ -18,7 +17,7 @@ from ssgr.report.figures import Absent, Figure, Records
 from ssgr.report.groups import label, six
 from ssgr.stages import grade
 from ssgr.stages.select import ROWS
-from ssgr.tables import read_rows
+from ssgr.tables import read_graded, read_rows
 
 _SELECTIONS = 12  # shown of one model
 _BINS = 16
@@ -124,18 +123,9 @@ def _pool(cell: Cell) -> Path:
 
 
 def _read(path: Path) -> tuple[dict[str, float], dict[tuple[str, int], int]]:
-    """The share of wrong attempts by problem, and the tokens of each response; token ids themselves are never unpacked."""
-    import pyarrow.compute as pc
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(path, columns=["problem_id", "attempt", "verdict", "generated_ids"])
-    lengths = pc.list_value_length(table["generated_ids"]).to_pylist()
-    columns = (table[name].to_pylist() for name in ("problem_id", "attempt", "verdict"))
-    graded, tokens = [], {}
-    for problem, attempt, verdict, length in zip(*columns, lengths, strict=True):
-        graded.append(Graded(Trace(problem, attempt, (), (), "stop", 0), None, Verdict(verdict)))
-        tokens[problem, attempt] = length
-    return wrong_shares(graded), tokens
+    """The share of wrong attempts by problem, and the tokens of each response."""
+    graded = read_graded(path, ids=False)
+    return wrong_shares(graded), {(g.trace.problem_id, g.trace.attempt): len(g.trace.generated_ids) for g in graded}
 
 
 def _histogram(name: str, title: str, unit: str, values: dict[str, list[Any]], edges: Any, said: str) -> Figure:
