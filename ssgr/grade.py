@@ -98,16 +98,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m ssgr.grade", description=__doc__)
     parser.add_argument("input", type=Path, help="JSONL file with id, gold and pred")
     parser.add_argument("output", type=Path, help="JSONL file to write")
-    parser.add_argument("--grader", choices=["math", "exact", "choice"], default="math")
+    parser.add_argument(
+        "--grader", choices=["math", "exact", "choice"], default="math", help="how answers are compared (math)"
+    )
     told = "a response with it and without the other tag has no answer; '' for none"
     parser.add_argument("--start-think", default="<think>", help=told)
     parser.add_argument(
         "--end-think", default="</think>", help="the answer is what follows the last such tag; '' for all"
     )
     parser.add_argument("--require-end-think", action="store_true", help="without the tag there is no answer")
-    parser.add_argument("--seconds", type=float, default=5.0, help="limit of an answer (math)")
-    parser.add_argument("--memory-gib", type=float, default=2.0, help="limit of an answer (math)")
-    parser.add_argument("--workers", type=int, help="child processes; one a core by default (math)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="that an answer may take, with math (5)")
+    parser.add_argument(
+        "--memory-gib", type=float, default=2.0, help="of a grading process above its libraries, with math (2)"
+    )
+    parser.add_argument("--workers", type=int, help="child processes, with math; one a core by default")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     end = args.end_think or None

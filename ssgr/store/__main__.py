@@ -101,8 +101,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "command", choices=("ls", "verify", "gc"), help="list; check every file; find what nothing refers to"
     )
-    parser.add_argument("--store", type=Path, default=Path(OUTPUTS, "store"), help="its folder")
-    parser.add_argument("--outputs", type=Path, nargs="+", default=[Path(OUTPUTS)], help="folders of runs and sweeps")
+    parser.add_argument("--store", type=Path, default=Path(OUTPUTS, "store"), help="its folder (outputs/store)")
+    parser.add_argument(
+        "--outputs",
+        type=Path,
+        nargs="+",
+        default=[Path(OUTPUTS)],
+        help="folders of the runs and sweeps of all who share it (outputs)",
+    )
     parser.add_argument("--delete", action="store_true", help="with gc: remove what it finds, else it is only listed")
     args = parser.parse_args(arguments)
     if not args.store.is_dir():

@@ -253,9 +253,11 @@ def export(model: Qwen2ForCausalLM, tok: PreTrainedTokenizerFast, out: Path) -> 
 def main() -> None:
     """Command line of the recipe; the defaults are those of the shipped weights."""
     parser = argparse.ArgumentParser(description="Train the tiny reasoning model that ships with ssgr.")
-    parser.add_argument("--out", type=Path, default=Path("outputs/tiny"), help="where checkpoint and model go")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the data")
-    parser.add_argument("--ranks", type=int, default=RANKS, help="processes of one thread each")
+    parser.add_argument(
+        "--out", type=Path, default=Path("outputs/tiny"), help="where checkpoint and model go (outputs/tiny)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights and of the data (0)")
+    parser.add_argument("--ranks", type=int, default=RANKS, help=f"processes of one thread each ({RANKS})")
     args = parser.parse_args()
     launch(args.out, PHASES, args.seed, args.ranks)
 
