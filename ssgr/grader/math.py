@@ -86,7 +86,7 @@ class MathVerify:
         todo = iter([(i, pair) for i, pair in enumerate(pairs) if pair[1] and not pair[1].isspace()])
         children = [_Child(self.seconds, self.memory_gib) for _ in range(min(self.workers or _cores(), len(pairs)))]
         try:
-            busy = {child: one for child, one in zip(children, todo, strict=False)}
+            busy = dict(zip(children, todo, strict=False))
             for child, (_, pair) in busy.items():
                 child.ask(pair)
             while busy:
