@@ -7,7 +7,6 @@ every tensor has its place there before it is known.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from collections.abc import Collection
@@ -162,11 +161,6 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(p.stop - p.start for p in self.places.values())
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of all tensors."""
-        return sum(math.prod(p.shape) for p in self.places.values())
 
     def stamp(self) -> dict[str, list[int]]:
         """Size and time of change of every file that is there: what tells whether it is still the same."""

@@ -93,7 +93,7 @@ def find(paths: Iterable[Path]) -> list[Cell]:
     """Read every result.json at or below `paths`; a cell that was run again counts once.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, one cannot be read, or two have the same settings and other results.
     """
     given = list(paths)
     found = result_files(given)

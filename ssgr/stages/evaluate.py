@@ -98,7 +98,7 @@ def members(bench: Bench | Measure | Suite) -> list[Bench | Measure]:
     """The benchmarks of a suite, or the one that it is.
 
     Raises:
-        ValueError: two have the same name, or a name cannot be that of a file.
+        ValueError: two have the same name or would write the same file, or a name cannot be that of a file.
     """
     if not isinstance(bench, Suite):
         some: list[Bench | Measure] = [bench]
