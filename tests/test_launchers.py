@@ -311,6 +311,7 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert store_main(["verify", *where]) == 0
     assert store_main(["gc", *where]) == 0
     said = capsys.readouterr().out
+    assert "type this again with --delete" in said  # and with its --store and --outputs
     assert "prune/c (result" in said and "d.work" in said and "prune/b (" not in said and "sample/" not in said
     assert store_main(["gc", "--delete", *where]) == 0
     assert sorted(path.name for path in (store.root / "prune").iterdir() if path.is_dir()) == ["b"]

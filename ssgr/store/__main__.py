@@ -150,7 +150,7 @@ def _verify(store: Store, args: argparse.Namespace) -> int:
             bad += 1
             print(why)
         elif entry.kind == "damaged":
-            print(f"{entry.path}: was moved aside as damaged; python -m ssgr.store gc --delete removes it")
+            print(f"{entry.path}: was moved aside as damaged; type gc --delete in place of verify to remove it")
     print(
         f"{bad} results are damaged: they are made again when they are next needed" if bad else "every result is sound"
     )
@@ -179,9 +179,7 @@ def _clear(store: Store, args: argparse.Namespace, busy: bool) -> int:
     if busy:
         print("a process works in this store, and may need any result: type this again when it has ended")
     total = size(sum(entry.bytes for entry in found))
-    print(
-        f"{size(freed)} were freed" if args.delete else f"{total} could be freed: type python -m ssgr.store gc --delete"
-    )
+    print(f"{size(freed)} were freed" if args.delete else f"{total} could be freed: type this again with --delete")
     return 0
 
 
