@@ -119,7 +119,9 @@ def launch(
             try:
                 _watch(sweep, store)
             except KeyboardInterrupt:
-                raise ValueError(f"no longer watched; the jobs go on: python -m ssgr.status {sweep.folder}") from None
+                raise ValueError(
+                    f"no longer watched; the jobs go on: python -m ssgr.status {shlex.quote(str(sweep.folder))}"
+                ) from None
     else:
         sweep.write()
         local.run(sweep, store, cut, settings["cpus_per_task"], settings["timeout_min"])
@@ -294,7 +296,7 @@ def _patiently(ask: Callable[[], T], sweep: Sweep) -> T:
         return ask()
     except ValueError as error:
         raise ValueError(
-            f"{error}; no longer watched, and the jobs go on: python -m ssgr.status {sweep.folder}"
+            f"{error}; no longer watched, and the jobs go on: python -m ssgr.status {shlex.quote(str(sweep.folder))}"
         ) from error
 
 

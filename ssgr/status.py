@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Mapping
@@ -171,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not store.root.is_dir():
             raise ValueError(
                 f"the store {store.root} of this sweep is not there any more, so how far it is cannot be told; what its cells "
-                f"left is in python -m ssgr.report {sweep.folder}"
+                f"left is in python -m ssgr.report {shlex.quote(str(sweep.folder))}"
             )
         found = states(sweep, store, live(store))
     except ValueError as error:
