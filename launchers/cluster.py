@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launchers.work import THREADS
-from ssgr.queue import Submitted
+from ssgr.queue import Submitted, ask
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT = "default"
@@ -225,9 +225,13 @@ class Slurm:
             submission.dump(file)
 
     def cancel(self, jobs: Sequence[str]) -> None:
-        """scancel."""
-        if jobs:
-            subprocess.run(["scancel", *jobs], check=False, stderr=sys.stderr)
+        """scancel; where it fails or hangs, what is submitted next matters more."""
+        try:
+            if jobs:
+                ask(["scancel", *jobs])
+        except ValueError as error:
+            left = f"of the dropped jobs {', '.join(jobs)} some may go on: the same command again cancels what is left"
+            print(f"[WARNING] {error}; {left}", file=sys.stderr)
 
 
 def _last(error: Exception) -> str:

@@ -20,6 +20,7 @@ from ssgr.files import write_json
 
 FOLDER = "jobs"  # in the store
 _AT_ONCE = 200  # names in one question to squeue
+_ANSWER = 60  # seconds that a command of the scheduler may take
 _LEAVING = "COMPLETING"  # it ends, or is put into the queue again
 _ENDING = (
     "COMPLETED",
@@ -211,12 +212,12 @@ def ask(command: Sequence[str]) -> str:
         ValueError: it is not there, or does not answer.
     """
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER, check=False)
     except FileNotFoundError:
         raise ValueError(f"{command[0]} is not on the path: is this a login node of a SLURM cluster?") from None
     except subprocess.TimeoutExpired:
         raise ValueError(
-            f"{command[0]} did not answer in 60 s: SLURM's controller may be down; try again later"
+            f"{command[0]} did not answer in {_ANSWER} s: SLURM's controller may be down; try again later"
         ) from None
     if done.returncode:
         raise ValueError(f"{command[0]} failed: {(done.stderr or done.stdout).strip()}")

@@ -416,6 +416,26 @@ def test_a_command_of_slurm_that_hangs_or_babbles_is_one_sentence(
         ask()
 
 
+@pytest.mark.parametrize(
+    ("script", "said"),
+    [
+        ("exec sleep 9", "scancel did not answer in 0.1 s"),
+        ("echo no such job >&2; exit 1", "scancel failed: no such job"),
+    ],
+)
+def test_a_scancel_that_hangs_or_fails_is_a_warning(
+    script: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "scancel").write_text(f"#!/bin/sh\n{script}\n")
+    (tmp_path / "scancel").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    if "sleep" in script:
+        monkeypatch.setattr("ssgr.queue._ANSWER", 0.1)
+    Slurm().cancel(["7_1", "8"])
+    shown = capsys.readouterr().err
+    assert f"[WARNING] {said}" in shown and "of the dropped jobs 7_1, 8 some may go on" in shown
+
+
 def test_ten_thousand_cells_are_planned_and_submitted(tmp_path: Path) -> None:
     """In seconds: nothing in it is more than linear in the cells (figures in LOG.md)."""
     store = Store(tmp_path / "store")
