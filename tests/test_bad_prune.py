@@ -6,6 +6,8 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, MambaConfig, MambaFor
 from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
-from ssgr.model.blocks import decoder_blocks, weightless
+from ssgr.model.blocks import Matrix, decoder_blocks, weightless
 from ssgr.pipeline import _see_vocabulary
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
@@ -26,10 +28,13 @@ from ssgr.pruner.wanda import Wanda
 from ssgr.records import CalibrationSet, Row
 from ssgr.sparsity import NM, Unstructured
 from ssgr.stages import prune as prune_stage
+from ssgr.stages.activations import ALL, HELD_OUT
+from ssgr.stages.collect import Sums
 from ssgr.stages.plan import Memory
 from ssgr.stages.prune import Passing
-from ssgr.stages.solve import Method
+from ssgr.stages.solve import Method, Solver
 from ssgr.stages.statistics import collect
+from ssgr.stages.walk import Walk
 from tests.conftest import random_model
 from tests.test_prune import calibration, stopped_at, uniform
 
@@ -193,6 +198,47 @@ def test_activations_beyond_float16_are_named(tokenizer: PreTrainedTokenizerBase
     model = saved(tmp_path / "m", enlarge)
     with pytest.raises(ValueError, match=r"model.layers.\d.*NaN or infinity"):
         prune(model, tokenizer, tmp_path / "out", uniform(Wanda(), HALF))
+
+
+def test_what_is_not_finite_in_any_batch_is_told() -> None:
+    fine = torch.ones(1, 2, 3)
+    for outputs in ((fine * torch.nan, fine), (fine, fine * torch.inf)):
+        walk: Any = SimpleNamespace(device=fine.device, full=lambda i: f"block.{i}", remedy="use another")
+        batches: Any = [(SimpleNamespace(hidden_NTD=torch.zeros(1, 2, 3)), out) for out in outputs]
+        with pytest.raises(ValueError, match=r"^block\.3: its output holds NaN or infinity .*; use another$"):
+            Walk.keep(walk, 3, batches)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "said"),
+    [
+        ("float16", "type model.dtype=float32"),
+        ("bfloat16", "type model.dtype=float32"),
+        ("float32", "use another copy"),
+    ],
+)
+def test_what_overflows_has_a_remedy(dtype: str, said: str) -> None:
+    walk: Any = SimpleNamespace(dtype=getattr(torch, dtype))
+    assert Walk.remedy.fget(walk).endswith(said)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("stream", [ALL, HELD_OUT + ALL])
+def test_inputs_that_are_not_finite_are_told(stream: str) -> None:
+    """Also where only rows that are held out bring them in."""
+    each = {name: Sums.zero(2, "norm", torch.device("cpu")) for name in (ALL, HELD_OUT + ALL)}
+    for name, sums in each.items():
+        sums.add(torch.full((3, 2), torch.inf if name == stream else 1.0), None)
+    layer = nn.Linear(2, 2)
+    walk: Any = SimpleNamespace(
+        ranks=None, device=torch.device("cpu"), full=lambda i, name: name, weight_OI=lambda i, matrix: matrix.weight_OI,
+        remedy="use another",
+    )  # fmt: skip
+    solver, heard = (
+        Solver(uniform(Wanda(), HALF), {"q": 0.5}, walk),
+        {("q", name): each[name].tensors() for name in each},
+    )
+    with pytest.raises(ValueError, match=r"^q: what enters it holds NaN or infinity .*; use another$"):
+        solver._group(0, [Matrix("q", "weight", layer)], {"q": "q"}, heard)
 
 
 @pytest.mark.parametrize("pruner", [Wanda(), SparseGPT()])

@@ -543,3 +543,16 @@ def test_what_is_mixed_already_is_not_weighed_again() -> None:
     seen, later = mixtures({ALL: sums.tensors(), HELD_OUT + ALL: sums.tensors()}, scope, "norm")
     assert seen is not None and later is not None
     assert mixtures({"/text": sums.tensors()}, scope, "norm") == (None, None)
+
+
+def test_weights_that_are_all_the_same_still_count() -> None:
+    """Those of another batch may be others."""
+    spans = [("half", 0, 2, 0.5), ("whole", 2, 4, 1.0)]
+    found = activations._streams([activations.Passage((5,) * 4, (1.0, 1.0, 1.0, 0.0), spans)], 4, CPU)
+    told = {name: (one.which_T, one.weights_T) for name, one in found.items()}
+    assert [value if value is None else value.tolist() for pair in told.values() for value in pair] == [
+        [0, 1],
+        [0.5, 0.5],
+        [2],
+        None,
+    ]

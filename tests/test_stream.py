@@ -362,6 +362,8 @@ def test_rows_on_both_sides_of_a_length_are_apart() -> None:
     """Phi-3 turns all positions of a batch otherwise once one of its rows is longer than the first context."""
     rows = [activations.Passage((0,) * n, (1.0,) * n, [("all", 0, n, 1.0)]) for n in (20, 24, 28, 40)]
     assert activations.groups(rows) == [[0, 1, 2, 3]] and activations.groups(rows, 28) == [[0, 1, 2], [3]]
+    full = activations.Passage((0,) * 1024, (1.0,) * 1024, [("all", 0, 1024, 1.0)])
+    assert activations.groups([full] * 3) == [[0, 1], [2]], "2048 tokens are a batch"
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
             "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}  # fmt: skip
     config = Phi3Config(
