@@ -115,13 +115,16 @@ def test_traces_do_not_depend_on_the_batch(tokenizer: PreTrainedTokenizerBase) -
 def test_seeds_and_attempts_differ(tokenizer: PreTrainedTokenizerBase) -> None:
     model = TINY.load()
     rows = requests(tokenizer, problems=8, attempts=2)
-    other = Decoding(2, 0.6, 0.95, 120, 1)
+    hot, other = (Decoding(2, 1.5, 1.0, 60, seed) for seed in (0, 1))  # where each number matters
     a, b, c = (
-        [t.generated_ids for t in decode(model, rows, d, stop_ids(model.generation_config, tokenizer))]
-        for d in (SAMPLING, SAMPLING, other)
+        {
+            (t.problem_id, t.attempt): t.generated_ids
+            for t in decode(model, asked, d, stop_ids(model.generation_config, tokenizer))
+        }
+        for asked, d in ((rows, hot), (rows[::-1], hot), (rows, other))  # wherever in the batch a row is
     )
     assert a == b != c
-    assert any(x != y for x, y in zip(a[::2], a[1::2], strict=True))
+    assert any(a[name, 0] != a[name, 1] for name, _ in a)
 
 
 def test_stop_and_length_finish_reasons(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, slots, stop_ids
+from ssgr.sampler import Decoding, Request, positions, slots, stop_ids
 from ssgr.sampler.batch import decode as decode_batch
 from ssgr.sampler.hf import HfSampler
 from ssgr.stages.sample import sample
@@ -175,6 +175,7 @@ def test_positions_do_not_depend_on_the_rows_beside(size: int, tokenizer: PreTra
     got = by_id([t for some in HfSampler(size).sample(Loaded(model.eval()), tokenizer, rows, decoding) for t in some])
     want = by_id([t for some in HfSampler(size).sample(Loaded(short.eval()), tokenizer, rows, decoding) for t in some])
     assert got == want and "forward" not in vars(model.model.rotary_emb)  # as it was
+    assert [positions._turns_long(model.model.rotary_emb, most) for most in (32, 33)] == [False, True]
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "falcon"])
