@@ -190,6 +190,15 @@ def test_an_error_on_one_host_ends_both(tmp_path: Path) -> None:
     assert leader and other and said == "OSError: [Errno 28] No space left on device: 'a/file'"
 
 
+def test_a_rank_has_a_gpu_of_its_own_host_and_hosts_have_as_many(tmp_path: Path) -> None:
+    devices = [ranks.Ranks(rank, 4, 2).device(torch.device("cuda")) for rank in range(4)]
+    assert [device.index for device in devices] == [0, 1, 0, 1]
+    crew = ranks.Crew(1, 2, tmp_path / "board", "joins")
+    crew.board.write_text(json.dumps({"work": "", "count": 1, "host": "leads", "port": 0}))
+    with pytest.raises(ValueError, match=r"leads has 1 processes and joins 2; type memory\.ranks=1$"):
+        ranks._Place(2, tmp_path / "meeting", crew).store(2, 4)
+
+
 @pytest.mark.slow
 def test_infinite_weights_are_told_as_by_one_process(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     model = random_model()
