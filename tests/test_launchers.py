@@ -22,6 +22,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from launchers import grid, local, outcome
+from launchers.arrays import Task
+from launchers.submit import Settings
 from ssgr import assemble, status
 from ssgr.graph import Graph, Planned
 from ssgr.queue import Queued, Records, Submitted
@@ -230,8 +232,10 @@ def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     sweep = small(store, tmp_path / "sweep")
     store.run("select", "a", lambda work: None)
+    Records(store.root).fail("select", "a", "of an attempt before", "other.log")
     Records(store.root).fail("prune", "p0", "the disk is full", "some.log")
-    live = {"p1": Queued("7_1", "PENDING", "Priority", "0:00"), "e1": Queued("8_1", "PENDING", "Dependency", "0:00")}
+    live = {key: Queued("8_1", "PENDING", "Dependency", "0:00") for key in ("e0", "e1")}
+    live["p1"] = Queued("7_1", "PENDING", "Priority", "0:00")
     found = status.states(sweep, store, live)
     assert [found[key].state for key in ("a", "p0", "e0", "p1", "e1")] == [
         "done",
@@ -242,6 +246,8 @@ def test_status_names_what_failed_and_what_it_holds_up(tmp_path: Path) -> None:
     ]
     assert status.cell_state(sweep, found, 0) == "failed: prune: the disk is full (log: some.log)"
     assert status.cell_state(sweep, found, 1) == "queued: prune (Priority)"
+    assert assemble.holes(sweep, store) == {0: "prune failed: the disk is full (log: some.log)"}
+    assert dict(assemble.cells(sweep, store)) == {0: None, 1: None}
     unknown = status.states(sweep, store, None)  # no scheduler: processes of this machine, whose command may go on
     assert status.cell_state(sweep, unknown, 1).endswith("give the command of the sweep again, unless it still runs")
 
@@ -296,7 +302,8 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     def make(work: Path) -> None:
         (work / "file").write_text("content")
 
-    store.run("sample", "a", make)
+    store.run("convert", "z", make)
+    store.run("sample", "a", make, inputs={"convert": "z"})
     store.run("prune", "b", make, inputs={"sample": "a"})
     store.run("prune", "c", make)
     store.run("sample", "e", make)  # a part, which no result names yet
@@ -315,6 +322,7 @@ def test_store_lists_verifies_and_clears(tmp_path: Path, capsys: pytest.CaptureF
     assert "prune/c (result" in said and "d.work" in said and "prune/b (" not in said and "sample/" not in said
     assert store_main(["gc", "--delete", *where]) == 0
     assert sorted(path.name for path in (store.root / "prune").iterdir() if path.is_dir()) == ["b"]
+    assert store.find("convert", "z"), "what it is made of was made of that"
     (store.root / "sample" / "a" / "file").write_text("CONTENT")
     assert store_main(["verify", *where]) == 1
     assert "the sha256 is not that of its manifest" in capsys.readouterr().out
@@ -474,6 +482,52 @@ def test_processes_of_submitit_have_their_errors_in_a_log(
     local._start(started, started, 0, 1, 10)
     os.write(2, b"told")
     assert capfd.readouterr().err == "told" and (tmp_path / "jobs" / "submitit.err").read_text() == "Traceback"
+
+
+@pytest.mark.parametrize(
+    ("fold", "fails", "made"),
+    [
+        ({}, "a", ["a"]),
+        ({}, "p0", ["a", "p0", "p1", "e1"]),
+        ({"prune": "select"}, "p0", ["a", "p1", "e1"]),  # what its job made before it failed is there for others
+    ],
+)
+def test_a_job_that_fails_keeps_only_what_needs_it_from_starting(
+    fold: dict[str, str], fails: str, made: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    store, started = Store(tmp_path / "store"), []
+    sweep, records = small(store, tmp_path / "sweep"), Records(store.root)
+    for key in ("p0", "p1"):
+        records.fail("prune", key, "of the command before", "old.log")
+
+    def start(_: Sweep, task: Task, *rest: object) -> Any:
+        started.append(task.id)
+        for key in (key for key in task.keys if key != fails):
+            store.run(sweep.graph.stages[key].folder, key, lambda work: None)
+        error = ValueError("killed") if fails in task.keys else None
+        done = iter([False, True]).__next__
+        return SimpleNamespace(done=done, exception=lambda: error, state="FAILED", paths=SimpleNamespace(stderr="log"))
+
+    monkeypatch.setattr(local, "_start", start)
+    monkeypatch.setattr(local, "_POLL", 0)
+    local.run(sweep, store, Settings(fold=fold, max_parallel=1), 1, 10)
+    assert started == made
+    failures = {key: records.failure(stage.folder, key) for key, stage in sweep.graph.stages.items()}
+    assert [key for key, one in failures.items() if one is not None] == [fails]
+    assert "of x=0: its process ended without a result (log: log)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("parallel", "cpus", "gpus", "found"),
+    [(None, None, 0, (3, 2)), (None, None, 2, (2, 3)), (8, None, 2, (8, 1)), (2, 4, 0, (2, 4))],
+)
+def test_jobs_of_a_machine_share_its_cores(
+    parallel: int | None, cpus: int | None, gpus: int, found: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(6), raising=False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    assert local._slots(parallel, cpus) == found
 
 
 def test_a_single_cell_that_was_refused_is_told_why(
