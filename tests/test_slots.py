@@ -6,6 +6,8 @@ import random
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from transformers import (
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
-from ssgr.sampler import Decoding, Request, positions, slots, stop_ids
+from ssgr.sampler import Decoding, Request, cache_argument, positions, slots, stop_ids
 from ssgr.sampler.batch import decode as decode_batch
 from ssgr.sampler.hf import HfSampler
 from ssgr.stages.sample import sample
@@ -197,6 +199,16 @@ def test_what_is_kept_of_rows_leaves_with_them(kind: str, tokenizer: PreTrainedT
 def test_a_prompt_of_tokens_that_the_model_lacks_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"prompt of a has token 96, .* tokens 0 to 95 only .*resize_token_embeddings"):
         next(HfSampler(2).sample(Loaded(made("llama")), tokenizer, [Request("a", 0, (3, 96))], Decoding(1, 0, 1, 9, 0)))
+
+
+def test_the_cache_is_named_as_the_model_names_it() -> None:
+    """transformers has other words before 5.24 and from then on, and models may come with code of their own."""
+    models: list[Any] = [
+        SimpleNamespace(forward=lambda input_ids, cache=None: None),
+        SimpleNamespace(forward=lambda input_ids, past_key_values=None: None),
+        SimpleNamespace(forward=lambda input_ids, cache_params=None: None),
+    ]
+    assert [cache_argument(model) for model in models] == ["cache", "past_key_values", ""]
 
 
 @pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
