@@ -213,8 +213,7 @@ class Flow:
                 self.prompt_ids,
                 clean,
                 [one for one in traces if one.trace.problem_id not in gone],
-                x.budget.tokens or (x.budget.rows or 0) * x.budget.max_row_tokens,
-                x.budget.max_row_tokens,
+                x.budget,
                 x.model.thinking,
             )
             chosen = select.select(x.calib, material, x.policy, x.budget)

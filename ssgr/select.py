@@ -50,6 +50,10 @@ class Budget:
         if self.overlong not in ("drop", "window"):
             raise ValueError(f"budget.overlong={self.overlong!r}: valid choices are drop, window")
 
+    def of_rows(self, length: int) -> int:
+        """How many tokens it takes of rows of `length` tokens."""
+        return self.tokens or (self.rows or 0) * length
+
 
 @dataclass(frozen=True)
 class Policy:

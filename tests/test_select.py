@@ -189,7 +189,7 @@ def test_selection_reads_no_ids_but_of_what_it_drew(
     budget = Budget(tokens=300, max_row_tokens=45, overlong=overlong, held_out=0.2)
 
     def selected(traces: list[Graded]) -> CalibrationSet:
-        material = Material(tokenizer, lambda question: (), [], traces, 500, 45, TINY.thinking)
+        material = Material(tokenizer, lambda question: (), [], traces, Budget(500, max_row_tokens=45), TINY.thinking)
         return select.select(source, material, policy, budget)
 
     whole, light = selected(tables.read_graded(file)), selected(tables.read_graded(file, ids=False))
@@ -202,7 +202,7 @@ def test_selection_reads_no_ids_but_of_what_it_drew(
 def test_that_no_row_is_left_to_hold_out_is_told(
     caplog: pytest.LogCaptureFixture, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    material = Material(tokenizer, lambda question: (), [], pool(), 500, 45, TINY.thinking)
+    material = Material(tokenizer, lambda question: (), [], pool(), Budget(500, max_row_tokens=45), TINY.thinking)
     source, policy = OwnTraces("self", 0, "right"), Policy(ANY, EVERY, "none")
     right = len(fit_rows(source.candidates(material, policy), Budget(None, 1, 45)).rows)
     for rows, held_out in ((right, 0.0), (2, 0.9)):
@@ -338,7 +338,7 @@ def test_a_draw_that_falls_short_says_why(
     balance: Literal["none", "level"], tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
     traces = [graded(f"p{i}", 0, True, 7, level=1) for i in range(30)] + [graded("q", 0, True, 197, level=2)]
-    material = Material(tokenizer, lambda question: (), [], traces, 300, 300, TINY.thinking)
+    material = Material(tokenizer, lambda question: (), [], traces, Budget(300, max_row_tokens=300), TINY.thinking)
     own = OwnTraces("self", 0, "any")
     found = select.select(own, material, Policy(ANY, EVERY, balance), Budget(tokens=309, max_row_tokens=200))
     said = "longer than the rest or would change the mix that select.balance=level keeps; sources"

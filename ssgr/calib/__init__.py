@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from ssgr.records import Graded, Problem
-from ssgr.select import Candidates, Policy
+from ssgr.select import Budget, Candidates, Policy
 from ssgr.thinking import Thinking
 
 if TYPE_CHECKING:
@@ -24,8 +24,7 @@ class Material:
     prompt_ids: Callable[[str], tuple[int, ...]]
     problems: Sequence[Problem]
     graded: Sequence[Graded]
-    tokens: int  # how many tokens are wanted, for sources that have no end
-    row_tokens: int  # the longest row the budget takes
+    budget: Budget  # how much is wanted, for sources that have no end, and in rows of what length
     thinking: Thinking  # the tags around it
 
 

@@ -75,13 +75,14 @@ class Corpus(_Plain):
 
     def candidates(self, material: Material, policy: Policy) -> Candidates:
         """Non-overlapping windows of the tokenised documents, joined by the end-of-text token."""
-        window = min(self.window, material.row_tokens)
+        window = min(self.window, material.budget.max_row_tokens)
+        pool = _POOL * material.budget.of_rows(window)
         tokenizer = material.tokenizer
         stop = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         ids: list[int] = []
         rows: list[Row] = []
         documents = 0
-        enough = _POOL * material.tokens // 8 + 1  # paragraphs of prose: each has more than eight tokens
+        enough = pool // 8 + 1  # paragraphs of prose: each has more than eight tokens
         for text in [self._text.whole(enough)] if self.joined else self._text.documents(self.draw):
             documents += 1
             own = list(tokenizer(text, verbose=False)["input_ids"])  # with what the tokenizer itself puts before a text
@@ -90,7 +91,7 @@ class Corpus(_Plain):
             for first in range(0, end, window):
                 rows.append(Row(tuple(ids[first : first + window]), 0, f"{self.name}/{len(rows)}"))
             del ids[:end]
-            if len(rows) * window >= _POOL * material.tokens:
+            if len(rows) * window >= pool:
                 break
         return Candidates(tuple(rows), (("documents", documents), (f"windows of {window}", len(rows))), windowed=True)
 
@@ -173,9 +174,9 @@ class RandomTokens(_Plain):
     def candidates(self, material: Material, policy: Policy) -> Candidates:
         """As many windows as the budget needs, twice over."""
         rng = random.Random(f"tokens/{self.draw}")
-        window = min(self.window, material.row_tokens)
+        window = min(self.window, material.budget.max_row_tokens)
         special = set(material.tokenizer.all_special_ids)
         valid = [i for i in range(len(material.tokenizer)) if i not in special]
-        count = 2 * material.tokens // window + 2
+        count = 2 * material.budget.of_rows(window) // window + 2
         rows = tuple(Row(tuple(rng.choices(valid, k=window)), 0, f"{self.name}/{i}") for i in range(count))
         return Candidates(rows, ((f"windows of {window}", count),), windowed=True)

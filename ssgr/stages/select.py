@@ -10,7 +10,7 @@ from ssgr.records import CalibrationSet, Row
 from ssgr.scope import BOTH, Scope
 from ssgr.select import Budget, Policy, draw, fit_rows, left_over, match
 
-VERSION = 4
+VERSION = 5
 ROWS, SUMMARY, CONTAMINATED = "calibration.parquet", "calibration.json", "contaminated.json"
 _SHORTFALL = 0.99  # a smaller share of the budget than this is no longer the same budget
 _log = logging.getLogger("ssgr")
