@@ -412,6 +412,13 @@ def recipe(file: Path, traces: list[Trace], tokenizer: Any, kind: str) -> str:
     return str(file)
 
 
+def test_a_prompt_of_a_recipe_that_is_no_text_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"prompt": [{"role": "user"}], "completion": "3", "completion_tokens": 2}))
+    with pytest.raises(ValueError, match=r"^t.jsonl, row 1: prompt is .*; give a text"):
+        list(ReplaySampler(str(file), allow_retokenise=True).sample(TINY, tokenizer, [], SAMPLING))
+
+
 @pytest.mark.parametrize("kind", ["sglang", "deepspeed"])
 def test_replay_reads_the_traces_of_the_rac_recipes(
     kind: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture

@@ -70,7 +70,7 @@ class ReplaySampler:
                 raise ValueError(
                     f"{Path(self.path).name}, row {number}: lacks {', '.join(lacking)}; a trace has {', '.join(kind)}"
                 )
-            _check(row, f"{Path(self.path).name}, row {number}")
+            _check(row, f"{Path(self.path).name}, row {number}", _DEEPSPEED[:2] if kind is _DEEPSPEED else ())
         if kind is _OWN:
             find = self._by_name(rows, requests)
         else:
@@ -173,11 +173,14 @@ class ReplaySampler:
         return find
 
 
-def _check(row: _Saved, where: str) -> None:
+def _check(row: _Saved, where: str, texts: Sequence[str]) -> None:
     for name in ("prompt_ids", "generated_ids", "input_ids"):
         ids = row.get(name)
         if ids is not None and not (isinstance(ids, list) and all(type(i) is int for i in ids)):
             raise ValueError(f"{where}: {name} is {str(ids)[:60]!r}; give a list of token ids")
+    for name in texts:
+        if not isinstance(row[name], str):
+            raise ValueError(f"{where}: {name} is {str(row[name])[:60]!r}; give a text")
     for name in ("attempt", "seed", "num_prompt_tokens", "completion_tokens"):
         number = row.get(name)
         if number is not None and not re.fullmatch(r"-?\d+", str(number)):
