@@ -21,7 +21,7 @@ def load_transformers() -> None:
     gc.disable()
     try:
         with suppress(ImportError):
-            from transformers import AutoModelForCausalLM  # noqa: F401
+            from transformers import AutoModelForCausalLM, PreTrainedModel  # noqa: F401
     finally:
         for name in hidden:
             del sys.modules[name]

@@ -1,16 +1,34 @@
-"""A model that is not loaded yet, for engines and measures that load it, or read its files; its context."""
+"""A model that is not loaded yet, for engines and measures that load it, or read its files; its context; the day of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, tzinfo
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel  # by name only: its import takes seconds
 
-TODAY = {"strftime_now": datetime(2025, 1, 1).strftime}  # for templates that print it: prompts are the same every day
+
+class _Day(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> Self:
+        return cls(2025, 1, 1)
+
+
+@contextmanager
+def one_day() -> Iterator[None]:
+    """Let chat templates that print today's date print 1 January 2025 inside: prompts are the same every day."""
+    from transformers.utils import chat_template_utils  # since 5.24 it gives them no function of ours
+
+    templates: Any = chat_template_utils
+    own, templates.datetime = templates.datetime, _Day
+    try:
+        yield
+    finally:
+        templates.datetime = own
 
 
 def context_of(config: Any) -> int | None:

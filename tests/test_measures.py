@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import chat_template_utils
 
 from ssgr import pipeline
 from ssgr.keys import digest
@@ -165,15 +166,18 @@ def test_a_task_is_asked_as_the_model_says(
     chat: bool, sums: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[Any, Any]] = []
-    monkeypatch.setattr(  # the model's own takes no system prompt
-        tokenizer, "apply_chat_template", lambda turns, **how: asked.append((turns, how)) or turns[-1]["content"]
-    )
+
+    def apply(turns: Any, **how: Any) -> str:
+        asked.append((turns, {**how, "year": chat_template_utils.datetime.now().year}))
+        return str(turns[-1]["content"])
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", apply)  # the model's own takes no system prompt
     model = replace(TINY, system="Be brief.", chat={"enable_thinking": False})
     LmEvalTask("sums", "sums", "acc", limit=2, folder=str(sums), chat=chat).measure(model, tokenizer, ())
     assert bool(asked) == chat
     for turns, how in asked:
         assert turns[0] == {"role": "system", "content": "Be brief."} and turns[-1]["role"] == "user"
-        assert how["enable_thinking"] is False and "strftime_now" in how
+        assert how["enable_thinking"] is False and how["year"] == 2025
 
 
 def test_a_loss_that_is_no_number_is_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:

@@ -225,6 +225,8 @@ def test_prompts_are_the_same_every_day() -> None:
     """Templates such as Llama 3.2's print the date: traces of two days would answer different prompts."""
     tokenizer = byte_tokenizer(template="{{ strftime_now('%d %b %Y') }}" + CHATML)
     assert tokenizer.decode(TINY.prompt_ids(tokenizer, "Q")).startswith("01 Jan 2025")
+    today = tokenizer.apply_chat_template([{"role": "user", "content": "Q"}], tokenize=False)
+    assert not str(today).startswith("01 Jan 2025")  # of others, and after it
 
 
 @pytest.mark.parametrize(

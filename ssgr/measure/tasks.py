@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ssgr.errors import first_line
-from ssgr.loadable import TODAY, Loadable
+from ssgr.loadable import Loadable, one_day
 from ssgr.records import Item, Trace
 
 
@@ -87,7 +87,7 @@ class LmEvalTask:
         except Exception as error:
             raise self._cannot(error) from error
         declared = self._check_metric(tasks)
-        how = {"batch_size": self.batch_size, "chat_template_args": {**TODAY, **model.chat}}
+        how = {"batch_size": self.batch_size, "chat_template_args": dict(model.chat)}
         wrapped = HFLM(pretrained=model.load(), tokenizer=tokenizer, **how)
 
         def evaluated(limit: int | None) -> list[Item]:
@@ -108,9 +108,10 @@ class LmEvalTask:
                 raise self._cannot(error) from error
             return self._items(found["samples"])
 
-        if not declared:  # a task may give metrics that it does not declare: one document shows which
-            evaluated(1)
-        return evaluated(self.limit)
+        with one_day():
+            if not declared:  # a task may give metrics that it does not declare: one document shows which
+                evaluated(1)
+            return evaluated(self.limit)
 
     def _cannot(self, error: Exception) -> ValueError:
         """What the library, datasets or the hub raised, of many kinds: all mean that the task cannot be run."""

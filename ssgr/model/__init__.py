@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from ssgr import files
-from ssgr.loadable import TODAY
+from ssgr.loadable import one_day
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
 from ssgr.model.checkpoint import BESIDE, CARD, LEGAL, SINGLE, Checkpoint, beside, weight_files
@@ -223,9 +223,10 @@ class Model:
         turns = [{"role": "system", "content": self.system}] if self.system else []
         turns.append({"role": "user", "content": question})
         try:
-            how: dict[str, Any] = {**TODAY, **self.chat}
-            ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
-            given = _gives_the_turn(tokenizer, self.system, json.dumps(dict(self.chat), default=str))
+            how: dict[str, Any] = dict(self.chat)
+            with one_day():
+                ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
+                given = _gives_the_turn(tokenizer, self.system, json.dumps(how, default=str))
         except (
             TemplateError,
             TypeError,
@@ -257,7 +258,7 @@ def _gives_the_turn(tokenizer: PreTrainedTokenizerBase, system: str | None, chat
     """Whether a prompt ends where the answer begins: its template adds a generation prompt, or needs none (Mistral's)."""
     turns = [{"role": "system", "content": system}] if system else []
     turns.append({"role": "user", "content": "Question."})
-    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **{**TODAY, **json.loads(chat)})
+    render: Any = partial(tokenizer.apply_chat_template, tokenize=False, **json.loads(chat))
     prompt, without = (str(render(turns, add_generation_prompt=on)) for on in (True, False))
     if prompt != without:
         return True
