@@ -114,6 +114,29 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tokenizer: PreTrainedTokenizer
         _see_vocabulary(tokenizer, random_model(vocabulary=511))
 
 
+def test_files_of_another_model_or_none_are_told(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    model = random_model(vocabulary=512)
+    for name, changed, said in (
+        (
+            "config.json",
+            {"intermediate_size": 47},
+            r"down_proj.weight is \[32, 48\] .* config.json asks for \[32, 47\]",
+        ),
+        ("config.json", {"num_hidden_layers": 3}, r"loaded: `num_hidden_layers` \(3\) must be equal"),
+        ("config.json", {"hidden_act": "nope"}, "loaded: KeyError: 'nope'"),
+        ("tokenizer_config.json", [], "cannot be loaded: AttributeError: 'list' object"),
+        ("tokenizer.json", None, "has no vocabulary, so a file such as tokenizer.json is missing"),
+    ):
+        model.save_pretrained(tmp_path)
+        tokenizer.save_pretrained(tmp_path)
+        file, own = tmp_path / name, Model("m", str(tmp_path), device="cpu")
+        file.write_text(json.dumps(json.loads(file.read_text()) | changed if isinstance(changed, dict) else changed))
+        if changed is None:
+            file.unlink()
+        with pytest.raises(ValueError, match=said):
+            _ = own.tokenizer(), own.load()
+
+
 def test_a_weight_that_is_used_without_its_module_is_told_of(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import (
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from ssgr import files
+from ssgr.errors import first_line
 from ssgr.loadable import one_day
 from ssgr.model import experts
 from ssgr.model.blocks import weightless
@@ -120,9 +122,19 @@ class Model:
         }
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer."""
+        """Load the tokenizer.
+
+        Raises:
+            ValueError: it cannot be loaded, or has no vocabulary: transformers makes an empty one where its file is missing.
+        """
         with _explained(self):
-            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(*self._source, **self._how))
+            made = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(*self._source, **self._how))
+        if set(made.encode("abc 123", add_special_tokens=False)) <= {made.unk_token_id}:
+            raise ValueError(
+                f"model.path={self.path}: its tokenizer has no vocabulary, so a file such as tokenizer.json is missing; put the "
+                "model's own tokenizer files beside it"
+            )
+        return made
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, for a look at its structure before hours of work.
@@ -146,11 +158,13 @@ class Model:
         """Load the model in evaluation mode on its device.
 
         Raises:
-            ValueError: the weights are incomplete, or hold NaN or infinity in a named tensor; or there is no such device.
+            ValueError: the weights are incomplete, of other shapes than the config says, or hold NaN or infinity in a named
+                tensor; or there is no such device.
         """
         device = self.torch_device()
         dtype = self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         how = {**self._how, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        how["ignore_mismatched_sizes"] = True  # they are told below, by name
         with _explained(self):
             loaded: Any = AutoModelForCausalLM.from_pretrained(*self._source, **how)
         model, found = loaded
@@ -158,6 +172,11 @@ class Model:
             raise ValueError(
                 f"model.path={self.path}: {len(missing)} weights of {type(model).__name__} are not in the checkpoint, the "
                 f"first is {missing[0]}; it was saved from a wrapper or another architecture: save the bare model again"
+            )
+        for name, stored, made in sorted(found["mismatched_keys"]):
+            raise ValueError(
+                f"model.path={self.path}: {name} is {list(stored)} in the checkpoint, and its config.json asks for {list(made)}: "
+                "they are of two models; put the model's own config.json beside its weights"
             )
         for name, weight in model.named_parameters():
             if not finite(weight):
@@ -296,8 +315,10 @@ class _explained:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)):
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if isinstance(error, Exception):  # of transformers or of what it calls: all mean that it cannot be loaded
+            told = (isinstance(error, StrictDataclassError) and error.__cause__) or error  # which says what was wrong
+            plain = isinstance(told, (OSError, ValueError, ImportError, RuntimeError, SafetensorError))
+            first = str(told).strip().splitlines()[0] if plain and str(told).strip() else first_line(told)
             hint = (
                 "model.trust_remote_code=true runs the code in that repository; " if "remote_code" in str(error) else ""
             )
