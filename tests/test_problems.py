@@ -236,8 +236,9 @@ def test_empty_rows_are_part_of_a_whole_text_and_no_documents(tmp_path: Path, mo
 def test_a_missing_file_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no such file; type problems\.path"):
         JsonlProblems("nowhere.jsonl", Columns()).read("test")
-    with pytest.raises(ValueError, match="holds no problems"):
-        JsonlProblems(str(write(tmp_path / "x.jsonl", [])), Columns()).read("test")
+    one = write(tmp_path / "x.jsonl", [{"problem": "1+1", "answer": "2"}])
+    with pytest.raises(ValueError, match=r"no problems: of its rows one in 10 .* type problems.test_path=FILE"):
+        JsonlProblems(str(one), Columns()).read("test")
 
 
 def test_a_column_that_no_row_has_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -261,8 +262,8 @@ def test_a_column_that_no_row_has_is_told_once(tmp_path: Path, caplog: pytest.Lo
 
 
 def test_double_ids_are_refused() -> None:
-    with pytest.raises(ValueError, match="'a' is given twice"):
-        checked([Problem("a", "1", "1"), Problem("a", "2", "2")], "here")
+    with pytest.raises(ValueError, match=r"^here: .*'a' is given twice; .* type problems.columns.id=null"):
+        checked([Problem("a", "1", "1"), Problem("a", "2", "2")], "here,")
 
 
 @pytest.mark.filterwarnings("ignore")

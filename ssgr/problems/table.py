@@ -186,7 +186,11 @@ class JsonlProblems:
         path = _file(self.test_path, "test_path") if self.test_path and split == "test" else _file(self.path, "path")
         lost = _wrong_choices(self.columns)
         rows = _of_split(_problems([path], self.columns, lost), split, own)
-        problems = checked(list(islice(rows, self.limit)), f"problems.path={path}, split {split},")
+        hint = (
+            f": of its rows one in {_TEST_SHARE} is for the test split; type problems.test_path=FILE, or give more rows"
+        )
+        where = f"problems.path={path}, split {split},"
+        problems = checked(list(islice(rows, self.limit)), where, "" if own else hint)
         return _told(problems, self.columns, path.name, lost)
 
 
