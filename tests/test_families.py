@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from transformers.pytorch_utils import Conv1D
 
 from ssgr.model import Model
-from ssgr.model.blocks import matrices
+from ssgr.model.blocks import decoder_blocks, matrices
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
 from ssgr.pruner.dsnot import DSnoT
@@ -575,6 +575,46 @@ def test_blocks_that_are_no_chain_are_refused(tokenizer: PreTrainedTokenizerBase
     family = Family("zaya", {"num_experts": 4})
     with pytest.raises(ValueError, match="prev_router_hidden_states comes from the block before"):
         pruned(family, family.model(), weighted(), Wanda(), HALF, tokenizer, tmp_path)
+
+
+@pytest.mark.parametrize("between", ["again", "other order", "anew", "kept"])
+def test_a_model_that_works_between_its_blocks_is_refused(between: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Dory does, which runs some of them twice, and Inkling 2, whose blocks see what several before them put out."""
+    model = FAMILIES["llama"].model()
+    first, second, third = model.model.layers
+
+    def forward(input_ids: Tensor, use_cache: bool) -> Tensor:
+        hidden = model.get_input_embeddings()(input_ids)
+        at = torch.arange(input_ids.shape[1])[None]
+        given = {"position_embeddings": model.model.rotary_emb(hidden, at)}
+        after = first(hidden, **given)
+        if between == "again":
+            after = first(after, **given)
+        elif between == "other order":
+            after = third(after, **given)
+        elif between == "anew":
+            after = 2 * after
+        else:
+            given["kept"] = torch.stack([hidden, after])
+        return third(second(after, **given), **given)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(model, "forward", forward)
+    with torch.no_grad(), pytest.raises(ValueError, match="LlamaDecoderLayer: blocks run more than once, or the model"):
+        activations.first_inputs(
+            model, model.model.layers, activations.passages(weighted(), BOTH), torch.device("cpu"), None
+        )
+
+
+def test_a_decoder_that_also_attends_over_what_it_keeps_itself_is_no_encoder() -> None:
+    model = FAMILIES["llama"].model()
+    for block in model.model.layers:
+        block.register_module("depth", nn.Module())
+        block.depth.is_causal = False
+    assert decoder_blocks(model)[0] == "model.layers"
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    with pytest.raises(ValueError, match="LlamaForCausalLM is an encoder"):
+        decoder_blocks(model)
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[str], str]]] = {

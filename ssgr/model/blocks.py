@@ -181,7 +181,10 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"num_hidden_layers={depth}, and its module lists are {', '.join(lists) or 'none'}; use a decoder-only model"
         )
     _see_apart(*found[0])
-    if any(not getattr(m, "is_decoder", getattr(m, "is_causal", True)) for m in found[0][1].modules()):
+    said = [{getattr(m, "is_decoder", getattr(m, "is_causal", None)) for m in b.modules()} for b in found[0][1]]
+    if any(
+        False in causal and True not in causal for causal in said
+    ):  # a block may also attend over what it kept itself
         raise ValueError(
             f"{type(model).__name__} is an encoder: its tokens see those that come after them; use a decoder-only model"
         )

@@ -162,6 +162,8 @@ def first_inputs(
             moved: dict[int, Any] = {}
             parts: dict[int, Any] = {}
             given = [_moved(kwargs, torch.device("cpu"), moved) for _, kwargs in heard]
+            if not longest and any(x.is_floating_point() and x.isnan().any() for x in moved.values()):
+                raise _no_chain(blocks)
             longest = longest or given
             given = [_part(value, whole, parts) for value, whole in zip(given, longest, strict=True)]
             streams = _streams([rows[n] for n in group], width, device)
@@ -259,11 +261,12 @@ class _Beside:
 def _passing_through(
     blocks: nn.ModuleList,
 ) -> Iterator[tuple[list[tuple[Tensor, dict[str, Any]]], list[Callable[[Tensor], Any]]]]:
-    """Let every block hand on its input at once; hear what each is given (blocks may attend in different ways), and the
-    form of what they put out."""
+    """Let every block hand on NaN at once; hear what each is given (blocks may attend in different ways), and the form of
+    what they put out."""
     heard: list[tuple[Tensor, dict[str, Any]]] = []
     own = [block.forward for block in blocks]
     form: list[Callable[[Tensor], Any]] = []  # of what a block returns, once known
+    handed_on: list[Tensor] = []  # NaN: it shows in whatever a model makes of hidden states between blocks
 
     def hear(i: int, *args: Any, **kwargs: Any) -> Any:
         if not form:
@@ -274,10 +277,14 @@ def _passing_through(
                 f"{type(blocks[i]).__name__}: {beside[0]} comes from the block before, and blocks that are pruned one by one "
                 "hand on hidden states only; this model cannot be pruned"
             )
+        if i != len(heard) or (heard and hidden is not handed_on[0]):
+            raise _no_chain(blocks)
         heard.append((hidden, given))
         if len(heard) == len(own):
             raise _Reached
-        return form[0](hidden)
+        if i == 0:
+            handed_on[:] = [torch.full_like(hidden, math.nan)]
+        return form[0](handed_on[0])
 
     try:
         for i, block in enumerate(blocks):
@@ -286,6 +293,13 @@ def _passing_through(
     finally:
         for block, forward in zip(blocks, own, strict=True):
             block.forward = forward
+
+
+def _no_chain(blocks: nn.ModuleList) -> ValueError:
+    return ValueError(
+        f"{type(blocks[0]).__name__}: blocks run more than once, or the model works on hidden states between them, and blocks "
+        "that are pruned one by one each take what the one before puts out; this model cannot be pruned"
+    )
 
 
 def _form(out: Any) -> Callable[[Tensor], Any]:
