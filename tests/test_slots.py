@@ -162,6 +162,19 @@ def test_models_that_slots_do_not_serve_are_decoded_in_batches(tokenizer: PreTra
     assert not slots.serves(eager)
 
 
+def test_a_model_with_a_mask_of_its_own_is_decoded_in_batches(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Doge's says of each key how much it counts, and slots would leave that out."""
+    model, rows, decoding = made("doge"), ragged(12), Decoding(1, 0, 1, 60, 0)
+    for param in model.parameters():
+        param.data += 0.3 * torch.randn_like(param)
+    got = [t for some in HfSampler(5).sample(Loaded(model), tokenizer, rows, decoding) for t in some]
+    for trace in got:
+        ids, first = [*trace.prompt_ids, *trace.generated_ids], len(trace.prompt_ids)
+        with torch.inference_mode():
+            assert model(torch.tensor([ids])).logits[0, first - 1 : -1].argmax(-1).tolist() == ids[first:]
+    assert len(got) == len(rows)
+
+
 @pytest.mark.parametrize("size", [1, 5, 12])
 def test_positions_do_not_depend_on_the_rows_beside(size: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Phi's turn otherwise beyond 32 tokens; where rows may become so long, all are turned so from the first token on."""

@@ -26,9 +26,11 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention; a single query is folded into its key-value group, others go to torch's kernel."""
+    """Scaled dot-product attention; a single query is folded into its key-value group; others, and what the model adds to
+    scores itself, go to torch's kernel."""
     rows, heads, queries, size = query.shape
-    if queries > 1:
+    own = kwargs.get("position_bias") is not None or (attention_mask is not None and attention_mask.is_floating_point())
+    if queries > 1 or own:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     groups = key.shape[1]
     query_NKGD = query.view(rows, groups, heads // groups, size) * (size**-0.5 if scaling is None else scaling)

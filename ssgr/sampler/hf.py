@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
@@ -99,8 +100,9 @@ def _decode(
     model: PreTrainedModel, requests: Sequence[Request], decoding: Decoding, stop: frozenset[int], size: int
 ) -> Iterator[list[Trace]]:
     if slots.serves(model):
-        yield from slots.decode(model, requests, decoding, stop, size)
-        return
+        with suppress(slots.OwnMask):
+            yield from slots.decode(model, requests, decoding, stop, size)
+            return
     for start in range(0, len(requests), size):
         with grouped_attention(model):
             traces = batch.decode(model, requests[start : start + size], decoding, stop)

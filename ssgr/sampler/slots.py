@@ -45,6 +45,10 @@ def serves(model: PreTrainedModel) -> bool:
     return plain and positions and model.config._attn_implementation == "sdpa" and model._supports_attention_backend
 
 
+class OwnMask(Exception):
+    """The model gives its attention a mask of its own, so it cannot be decoded in slots; its first prompts tell."""
+
+
 @dataclass
 class _Row:
     """A request on its way."""
@@ -223,7 +227,13 @@ def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention of one token a row, shelf by shelf; of whole prompts, torch's own."""
+    """Attention of one token a row, shelf by shelf; of whole prompts, torch's own.
+
+    Raises:
+        OwnMask: the model masks or weighs tokens itself, row by row, which shelves do not.
+    """
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise OwnMask
     slots = _now.get()
     if slots is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
