@@ -28,6 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ssgr.model import Model
 from ssgr.model.blocks import decoder_blocks, matrices
+from ssgr.model.checkpoint import Checkpoint
+from ssgr.model.layout import Layout
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
 from ssgr.pruner.dsnot import DSnoT
@@ -693,6 +695,14 @@ def test_experts_are_stored_as_they_were_whatever_they_run_in(
     for name, (_, value) in new.items():
         assert torch.equal(value[value != 0], old[name][1][value != 0]), name
     assert sum((value == 0).any() for name, (_, value) in new.items() if "experts" in name) == 2 * 4 * 3
+
+
+def test_a_matrix_that_is_not_stored_by_itself_is_refused_with_what_stores_it(tmp_path: Path) -> None:
+    """Sarvam's checkpoints hold one matrix for queries, keys and values, of which transformers makes three."""
+    model = FAMILIES["llama"].model()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"splits what is stored there: .*save_original_format=False"):
+        Layout(model, Checkpoint(tmp_path)).stored("model.layers.0.self_attn.other.weight")
 
 
 def test_biases_of_routers_stay_in_float32(tmp_path: Path) -> None:

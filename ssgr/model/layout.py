@@ -57,7 +57,8 @@ class Layout:
         if name not in self._parts:
             raise ValueError(
                 f"{self.checkpoint.directory}: {name} is not in the checkpoint; it was saved from a wrapper or another "
-                "architecture: save the bare model again"
+                "architecture, or transformers splits what is stored there: load the bare model, and save it again with "
+                "save_pretrained(FOLDER, save_original_format=False)"
             )
         return [stored for stored, _ in self._parts[name]]
 
