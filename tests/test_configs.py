@@ -118,6 +118,15 @@ def test_make_paper_runs_every_experiment_of_the_model_that_ships() -> None:
             ["bins=difficulty_length", "+scope.bins.hrd_medium=2"],
             r"scope\.bins\.hrd_medium: .* no such bin; its bins are easy_short, .*hard_medium, .*, other_other",
         ),
+        (
+            ["pruner=sparsegpt", "propagate=dense", "collect.statistic=norm"],
+            r"collect\.statistic=norm: pruner=sparsegpt .*; type gram",
+        ),
+        (["pruner=wandapp", "propagate=dense"], r"propagate=dense: pruner=wandapp needs gradients.*propagate=pruned"),
+        (["pruner=wandapp", "allocation=global"], r"allocation=global needs the scores .* type allocation=uniform"),
+        (["sampler=server", "sampler.engine.url=http://x", "bench.engine=${sampler.engine}"], "does not run the model"),
+        (["shard=0/8"], r"shard=0/8: give the number of a part"),
+        (["shard=9/8"], r"shard=9/8: give the number of a part"),
     ],
 )
 def test_what_no_experiment_can_be_is_told(overrides: list[str], said: str) -> None:

@@ -92,6 +92,7 @@ def test_the_options() -> None:
         LONG, f"{run} She also bought a bag of marbles and a hat, for how much did she do so?", share=0.0, ngram=11
     )
     assert hits("one two", "one three", ngram=1), "half of the runs are enough"
+    assert hits("one two", "one two three", ngram=2), "the last run counts"
     several = [problem(name, near) for name in "hbgfcdea"]
     assert [Decontaminate().hits([problem("x", LONG)], some)[0].benchmark_id for some in (several, several[::-1])] == [
         "h"

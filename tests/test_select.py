@@ -67,7 +67,7 @@ def test_where_no_difficulty_is_asked_for_a_problem_that_was_never_graded_may_be
     failed = [replace(g, verdict=Verdict.GRADER_FAILED) if g.trace.problem_id == "p0" else g for g in traces]
     found = eligible(failed, "any", Policy(ANY, EVERY))
     assert found.funnel[2] == ("difficulty any", len(traces)) and len(found.rows) == len(traces)
-    for band in (HARD, replace(ANY, high=0.9)):
+    for band in (HARD, replace(ANY, high=0.9), replace(ANY, never_solved=False)):
         assert not {row.id for row in eligible(failed, "any", Policy(band, EVERY)).rows} & {f"p0#{a}" for a in range(8)}
     with pytest.raises(ValueError, match="never graded: type difficulty=any"):
         eligible(failed, Verdict.GRADER_FAILED, Policy(HARD, EVERY))
@@ -87,6 +87,7 @@ def test_never_and_always_solved_are_options() -> None:
     assert Difficulty("easy", 0, 0.25, True, False).holds(0.0)
     assert not Difficulty("easy", 0, 0.25, False, False).holds(0.0)
     assert HARD.holds(0.5) and not HARD.holds(0.49)
+    assert not Difficulty("easy", 0, 0.25, True, False).holds(0.25), "it lies in the band that begins with it"
 
 
 def test_percentile_bands_part_the_eligible_traces() -> None:
@@ -101,6 +102,11 @@ def test_token_bands_are_absolute() -> None:
     assert Length("l", "tokens", 10, 20).holding([9, 10, 19, 20]) == [False, True, True, False]
 
 
+def test_the_top_of_the_percentiles_holds_the_longest() -> None:
+    assert Length("l", "percentile", 50, 100).holding([1, 2, 3]) == [False, True, True]
+    assert Length("m", "percentile", 33, 67).holding([]) == [], "there may be none"
+
+
 @pytest.mark.parametrize("bad", [{"low": 0.6, "high": 0.5}, {"low": -1, "high": 0.5}, {"low": 0.5, "high": 2}])
 def test_bad_difficulty_bands_are_refused(bad: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=r"difficulty=x.*such as difficulty\.low"):
@@ -112,6 +118,8 @@ def test_bad_length_bands_are_refused() -> None:
         Length("x", "words", 0, 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no band of percentile"):
         Length("x", "percentile", 50, 120)
+    with pytest.raises(ValueError, match="low=5, high=5 is no band of tokens"):
+        Length("x", "tokens", 5, 5)
     with pytest.raises(ValueError, match="low=150, high=None is no band of percentile"):
         Length("x", "percentile", 150, None)
 

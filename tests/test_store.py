@@ -186,14 +186,14 @@ def test_a_beating_heart_keeps_the_lease(tmp_path: Path) -> None:
         assert artefact.run.cached
 
 
-@pytest.mark.parametrize("age", [0, -3600])  # an hour ahead: of before the clock was set back
+@pytest.mark.parametrize("age", [0, -60])  # a minute ahead: of before the clock was set back
 def test_a_silent_holder_elsewhere_is_taken_over_when_stale(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, age: float
 ) -> None:
     foreign_lease(tmp_path, age)
     start = time.monotonic()
     artefact = run(tmp_path, write("mine"), stale_seconds=0.6)
-    assert time.monotonic() - start > 0.5
+    assert 0.5 < time.monotonic() - start < 30
     assert not artefact.run.cached
     assert "taken over from process 1 on elsewhere" in caplog.text
 
