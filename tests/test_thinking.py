@@ -64,7 +64,9 @@ def test_special_tokens_at_the_end_are_no_answer() -> None:
     for end in ((other,), (other, tokenizer.eos_token_id), ()):
         assert THINK.part(tokenizer, (), (*ids(tokenizer, "so</think>Paris"), *end)).answer == "Paris"
         assert Thinking(None, None).part(tokenizer, (), (*ids(tokenizer, "Paris"), *end)).answer == "Paris"
+    tokenizer = copy.deepcopy(tokenizer)  # what is special is looked up once a tokenizer
     tokenizer.add_tokens([AddedToken("</think>", special=True)], special_tokens=True)
+    assert THINK.part(tokenizer, (), ids(tokenizer, "so</think>Paris</think>")).answer == ""
     assert THINK.part(tokenizer, (), (*ids(tokenizer, "so</think>"), other)).answer == ""
 
 
@@ -111,6 +113,14 @@ def test_a_tag_written_out_in_other_tokens_is_none() -> None:
     prompt = ids(tokenizer, "q<think>\n")
     assert THINK.part(tokenizer, prompt, plain).answer is None
     assert THINK.part(tokenizer, prompt, [*plain, *ids(tokenizer, "</think> c")]).answer == " c"
+
+
+def test_a_tag_is_not_the_unknown_token() -> None:
+    """As which a tokenizer that has one gives whatever is no token of its own."""
+    tokenizer = copy.deepcopy(byte_tokenizer())
+    tokenizer.unk_token = "<|bos|>"
+    assert tokenizer.convert_tokens_to_ids("</think>") == tokenizer.bos_token_id
+    assert THINK.part(tokenizer, (), ids(tokenizer, "a</think>b")).answer == "b"
 
 
 def test_a_model_that_does_not_think() -> None:
