@@ -89,6 +89,7 @@ def test_datasets_are_one_benchmark_together(tmp_path: Path) -> None:
         ("b/0", "b0?"),
     ]
     assert len(Together(parts, limit=2).read("test")) == 2
+    assert len(Together(parts, parts["a"].file, limit=1).read("test")) == 1
     grader = bench("aime120").grader
     assert grader is not None
     assert [g.verdict for g in grader.grade([("077", "\\boxed{77}"), ("077", "\\boxed{7}")])] == ["right", "wrong"]
@@ -104,10 +105,12 @@ def test_every_dataset_of_the_hub_is_pinned() -> None:
 def test_options_are_shuffled_by_seed_and_problem() -> None:
     names = ["r", "x", "y", "z"]
     columns = [Columns("q", choices=names, shuffle=seed) for seed in (0, 0, 1)]
-    drawn = [
-        [c.problem({"q": f"{i}?", "r": "right", "x": "1", "y": "2", "z": "3"}, i, "s").answer for i in range(60)]
+    shown = [
+        [c.problem({"q": f"{i}?", "r": "right", "x": "1", "y": "2", "z": "3"}, i, "s") for i in range(60)]
         for c in columns
     ]
+    assert all(f"\n{one.answer}. right" in one.question for some in shown for one in some)
+    drawn = [[one.answer for one in some] for some in shown]
     assert drawn[0] == drawn[1] != drawn[2]
     assert set(drawn[0]) == set("ABCD") and max(map(drawn[0].count, "ABCD")) < 30
     plain = Columns("q", choices=names).problem({"q": "?", "r": "right", "x": "1", "y": "2", "z": "3"}, 1, "s")
@@ -117,7 +120,7 @@ def test_options_are_shuffled_by_seed_and_problem() -> None:
 @pytest.mark.parametrize(
     ("row", "said"),
     [({"q": "?", "c": ["a", "b"], "answer": "C"}, "none of them"), ({"q": "?", "c": ["a", "b"], "answer": "ab"}, "none of them"),
-     ({"q": "?", "c": [], "answer": 0}, "0 choices"),
+     ({"q": "?", "c": [], "answer": 0}, "0 choices"), ({"q": "?", "c": ["a"], "answer": 0}, "1 choices"),
      ({"q": "?", "c": ["a", "b"], "answer": None}, "no answer in column 'answer'"), ({"c": ["a"], "answer": 0}, "no question"),
      ({"q": "?", "c": ["a", None], "answer": 0}, r"row 7: choices in column 'c' are no list of texts but \['a', None\]"),
      ({"q": "?", "c": [["a"], ["b"]], "answer": 0}, r"row 7: .* are no list of texts but \[\['a'\], \['b'\]\]"),

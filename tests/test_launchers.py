@@ -349,6 +349,7 @@ def test_what_lies_behind_a_link_is_found_once(tmp_path: Path, monkeypatch: pyte
     assert store_main(["gc", "--delete", *where]) == 0 and store.find("prune", "b")
     assert cells.result_files([outputs]) == [outputs / "sweeps" / "sweep" / "0" / "result.json"]
     assert cells.result_files([tmp_path]) == [cell / "result.json"]
+    assert referred([tmp_path / "nothing"]) == referred([]), "what is gone meanwhile holds nothing"
 
     def closed(path: str) -> object:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)

@@ -315,11 +315,11 @@ def test_a_json_file_is_an_array_or_lines_and_its_numbers_stay_as_written(conten
 
 
 def test_a_folder_of_several_files_numbers_its_rows_through(tmp_path: Path) -> None:
-    for part in (0, 1):
+    for part in (0, 1, 2):
         questions = [f"{part}{i}" for i in range(20)]
-        write_table(tmp_path / f"train-0000{part}-of-00002.csv", {"problem": questions, "answer": ["007"] * 20})
+        write_table(tmp_path / f"train-0000{part}-of-00003.csv", {"problem": questions, "answer": ["007"] * 20})
     both = [p for split in ("calibration", "test") for p in HubProblems(str(tmp_path), Columns()).read(split)]
-    assert {p.id for p in both} == {f"row/{n}" for n in range(1, 41)} and {p.answer for p in both} == {"007"}
+    assert {p.id for p in both} == {f"row/{n}" for n in range(1, 61)} and {p.answer for p in both} == {"007"}
 
 
 @pytest.mark.parametrize(
@@ -388,6 +388,6 @@ def test_a_limit_stops_the_reading(tmp_path: Path) -> None:
 
 
 def test_a_solution_ends_where_the_answer_is_marked() -> None:
-    row = {"question": "?", "answer": "It is 7.\n#### 7"}
+    row = {"question": "?", "answer": "#### is the mark. It is 7.\n#### 7"}
     problem = Columns("question", "answer", solution="answer", answer_after="####").problem(row, 1, "gsm8k")
-    assert (problem.answer, problem.solution) == ("7", "It is 7.")
+    assert (problem.answer, problem.solution) == ("7", "#### is the mark. It is 7.")

@@ -428,10 +428,13 @@ def test_of_several_that_were_killed_the_last_is_resumed(tmp_path: Path) -> None
         assert not lease.publish() and not lease.work.exists()
 
 
-def test_a_pid_of_another_host_says_nothing() -> None:
+def test_a_pid_of_another_host_says_nothing(tmp_path: Path) -> None:
     here = {**lease_module._whereabouts(), "pid": 2**30}
     assert lease_module._is_dead(json.dumps(here))
     assert not any(lease_module._is_dead(json.dumps(here | {name: "other"})) for name in ("host", "pids"))
+    for whose, beats in ((here, False), (here | {"host": "other"}, True)):
+        (tmp_path / "key.lease").write_text(json.dumps(whose))
+        assert lease_module.beating(tmp_path / "key.lease", 60.0) is beats
 
 
 def test_only_what_was_made_from_the_same_is_alike(tmp_path: Path) -> None:
