@@ -176,6 +176,9 @@ def test_an_axis_of_stores_is_refused(tmp_path: Path) -> None:
     assert sweep.refused[0].startswith(
         f"store.path={tmp_path / 'b'}: a sweep of a launcher has one store, here {tmp_path / 'a'}"
     )
+    given[1].shard = "1/2"
+    grid._cell(context, given[0], sweep, grid.store_of(given[0]), 1, ["shard=1/2"], True)
+    assert sweep.refused[1].startswith("shard= is for jobs that are started by hand")
 
 
 def test_a_sweep_folder_of_another_version_is_refused(run: Run, tmp_path: Path) -> None:
