@@ -181,13 +181,12 @@ def decoder_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
             f"num_hidden_layers={depth}, and its module lists are {', '.join(lists) or 'none'}; use a decoder-only model"
         )
     _see_apart(*found[0])
-    said = [{getattr(m, "is_decoder", getattr(m, "is_causal", None)) for m in b.modules()} for b in found[0][1]]
-    if any(
-        False in causal and True not in causal for causal in said
-    ):  # a block may also attend over what it kept itself
-        raise ValueError(
-            f"{type(model).__name__} is an encoder: its tokens see those that come after them; use a decoder-only model"
-        )
+    for block in found[0][1]:
+        causal = {getattr(m, "is_decoder", getattr(m, "is_causal", None)) for m in block.modules()}
+        if False in causal and True not in causal:  # with both, it also attends over what it kept itself
+            raise ValueError(
+                f"{type(model).__name__} is an encoder: its tokens see those that come after them; use a decoder-only model"
+            )
     return found[0]
 
 
