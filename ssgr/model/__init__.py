@@ -37,6 +37,7 @@ from ssgr.products import finite
 from ssgr.thinking import Thinking
 
 _PACKAGED = "pkg://"
+_IN_TEMPLATE = (TemplateError, TypeError, ValueError, LookupError, AttributeError)  # Jinja's own, or Python's inside
 _READ_ALWAYS = 1 << 28  # bytes, which take less than a second: checksums of larger files are remembered
 _log = logging.getLogger("ssgr")
 
@@ -246,13 +247,7 @@ class Model:
             with one_day():
                 ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False, **how)
                 given = _gives_the_turn(tokenizer, self.system, json.dumps(how, default=str))
-        except (
-            TemplateError,
-            TypeError,
-            ValueError,
-            LookupError,
-            AttributeError,
-        ) as error:  # or Python's in the template
+        except _IN_TEMPLATE as error:
             other = "null" if self.system else "TEXT, or mend chat_template.jinja beside its tokenizer"
             raise ValueError(
                 f"model={self.name}: its chat template refuses model.system={self.system!r} model.chat={dict(self.chat)} "

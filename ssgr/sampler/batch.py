@@ -56,11 +56,6 @@ def _cache(model: PreTrainedModel) -> DynamicCache:
     return cache
 
 
-def _keep(cache: DynamicCache, rows: Any) -> None:
-    """Let only `rows` stay: what beam search does to a cache, which every kind of layer can, recurrent ones too."""
-    cache.reorder_cache(rows)
-
-
 @torch.inference_mode()
 def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, stop: frozenset[int]) -> list[Trace]:
     """Decode `rows` together: left-padded prompts, one uniform number a row and step from the row's own seed.
@@ -111,7 +106,8 @@ def decode(model: PreTrainedModel, rows: Sequence[Request], decoding: Decoding, 
         step_ids, position = token_N[:, None], position[:, -1:] + 1
         if int(open_N.sum()) <= _SHRINK * len(open_N):
             stay = open_N.nonzero()[:, 0]
-            _keep(cache, stay.to(device))
+            rows_left: Any = stay.to(device)
+            cache.reorder_cache(rows_left)  # what beam search does: every kind of layer can, recurrent ones too
             step_ids, position, mask_NT = step_ids[stay], position[stay], mask_NT[stay]
             live_N, open_N = live_N[stay], open_N[stay]
     return [

@@ -180,7 +180,7 @@ def _chosen(walk: Walk, layers: Sequence[dict[str, Matrix]]) -> str:
         dense.update(name for name, p in block.named_parameters() if p.ndim > 1 and name not in chosen)
         every += sum(p.numel() for p in block.parameters())
         pruned += sum(matrix.weight_OI.numel() for matrix in own.values())
-    names = [f"{name} (in {n} blocks)" for name, n in dense.most_common(_NAMED)]
+    names = [f"{name} ({n} times)" for name, n in dense.most_common(_NAMED)]
     more = f" and {len(dense) - _NAMED} more" if len(dense) > _NAMED else ""
     return (
         f"{sum(map(len, layers))} matrices, {pruned / every:.1%} of the weights of the blocks; "
