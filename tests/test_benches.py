@@ -73,8 +73,9 @@ def test_each_reads_a_file_with_its_columns(name: str, suffix: str, tmp_path: Pa
     else:
         assert problem.answer == gold if suffix != ".csv" else problem.answer.rstrip(".0") == gold.rstrip(".0")
     assert "\\boxed{}" in problem.question and problem.question.startswith(str(row.get("question", ""))[:5])
-    right = made.grader.grade([(problem.answer, f"<think>hm</think>\\boxed{{{problem.answer}}}")])[0]
-    assert right.verdict == "right", right
+    if suffix == ".jsonl":  # a grader starts a process
+        right = made.grader.grade([(problem.answer, f"<think>hm</think>\\boxed{{{problem.answer}}}")])[0]
+        assert right.verdict == "right", right
 
 
 def test_datasets_are_one_benchmark_together(tmp_path: Path) -> None:
