@@ -308,6 +308,10 @@ WRITTEN = [
     ("0.\\overline{5}", "\\boxed{0.5}", WRONG), ("0.\\overline{54}", "\\boxed{0.5\\overline{4}}", WRONG),
     ("5", "It is $5$, so \\boxed{}", RIGHT), ("5", "Not $4$: \\(\\fbox{5}\\)", RIGHT),
     ("7", "\\boxed{3} men. The final answer is $7$. I hope it is correct.", RIGHT),
+    *((gold, answer, RIGHT) for gold, answer in (
+        ("18", "The total is \\$18."), ("18.90", "**\\$18.90**"), ("20", "\\boxed{€20}"), ("20", "\\boxed{20£}"),
+        ("5", "It is $x\\\\$ and $5$"), ("-5", "It is \u22125."), ("\\emptyset", "\\boxed{\\varnothing}"),
+        ("(-\\infty, 3)", "\\boxed{(-∞, 3)}"), ("1e-5", "1e-5"), ("3 1/2", "\\boxed{3.5}"), ("-3.5", "$-3 1/2$"))),
     ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
 ]  # fmt: skip
 

@@ -42,19 +42,24 @@ _SPACED = re.compile(  # thousands; of plain spaces only where nothing else is t
     r"(?<![\d.,])\d{1,3}(?:(?:\\[, ;]|~)\d{3})+(?!\d)|(?:(?<=[{$])|^)\s*[-+]?\d{1,3}(?: \d{3})+\s*(?=[}$]|$)"
 )
 _SAME = (  # signs that LaTeX sets alike, of which Math-Verify reads the second
-    (re.compile(r"~(?!=)"), r"\ "),
-    (re.compile(r"\^?(?:°|\\degree(?![A-Za-z]))"), r"^{\circ}"),
-    (re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]"), r"\\"),
+    (re.compile(r"~(?!=)"), r"\\ "),
+    (re.compile(r"(?<!\\)\\\$|[€£¥]"), ""),  # and money, of which it reads the number in a box alone
+    (re.compile("\u2212"), "-"),
+    (re.compile(r"\\varnothing(?![A-Za-z])"), r"\\emptyset"),
+    (re.compile("∞"), r"\\infty "),
+    (re.compile(r"((?:(?<=[{$])|^)\s*-?\d+) (\d+)/(\d+)(?=\s*(?:[}$]|$))"), r"\1\\frac{\2}{\3}"),  # 3 1/2
+    (re.compile(r"\^?(?:°|\\degree(?![A-Za-z]))"), r"^{\\circ}"),
+    (re.compile(r"\\\\\s*\[-?[\d.]+\s*[a-z]{2}\]"), r"\\\\"),
 )
 _REPEATING = re.compile(r"(?<!\d)(\d{1,9})\.(\d{0,9})\\(?:overline|bar)\s*\{(\d{1,30})\}")
 # A full stop at the end of what is in braces, not of a.m.
 _STOP = re.compile(r"(?<=[\w)}\]])(?<!\.[A-Za-z])\s*\.(?=\s*\})")
 _BOX, _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{(?!\s*\})"), re.compile(r"[{}]")
-_CLOSES = re.compile(r"\\[)\]]|(?<!\\)\$\$?")
+_CLOSES = re.compile(r"\\[)\]]|\$\$?")
 _LETTER = re.compile(
     r"\d([A-Za-z])\s*\$?\s*$"
 )  # the last factor of a gold answer, which Math-Verify may take for a unit
-_IN_LATEX = re.compile(r"(?<!\\)\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
+_IN_LATEX = re.compile(r"\$|\\boxed|\\\(|\\\[")  # the gold says itself where its LaTeX is
 
 
 @dataclass(frozen=True)
@@ -343,7 +348,7 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
         gold = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", gold)
         answer = _from_boxes(answer)
         golds = _whole(parse(gold if _IN_LATEX.search(gold) else f"${gold}$")) if gold.strip() else []
-        answer = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer) if "{" in answer or "$" in answer else answer
+        answer = _SCIENTIFIC.sub(r"\1 \\times 10^{\2}", answer)
         found = _whole(parse(f"${answer}$" if _all_latex(answer) else answer))
     except MemoryError:
         raise
@@ -369,9 +374,9 @@ def _verdict(gold: str, answer: str) -> tuple[Verdict, str | None, str | None]:
 
 
 def _alike(text: str) -> str:
-    """The text with each thing written in one way: spaces, degrees, the rows of a matrix, repeating decimals."""
+    """The text with each thing written in one way: spaces, money, degrees, the rows of a matrix, repeating decimals."""
     for signs, one in _SAME:
-        text = signs.sub(lambda _, one=one: one, text)  # type: ignore[misc]
+        text = signs.sub(one, text)
     return _REPEATING.sub(_fraction, text)
 
 
@@ -409,7 +414,7 @@ def _from_boxes(answer: str) -> str:
     first, inside = boxes[0]
     for (_, before), (start, after) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         end = _end_of_box(answer, before, start)
-        if end < start and _BETWEEN.search(answer, end, start):
+        if _BETWEEN.search(answer, end, start):
             first, inside = start, after
             break
     closes = _CLOSES.search(answer, _end_of_box(answer, inside))  # the formula of which the first box is a part

@@ -14,7 +14,7 @@ from ssgr.thinking import Thinking
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 9
+VERSION = 10
 GRADED = "graded.parquet"
 _CHUNK = 2000  # answers between two marks of progress
 _NAMED = 5  # problems that a warning names
