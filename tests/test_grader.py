@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ssgr.grader import Grade
 from ssgr.grader.exact import Exact, number
-from ssgr.grader.math import MathVerify, two_stages
+from ssgr.grader.math import MathVerify, _verdict, two_stages
 from ssgr.records import Verdict
 
 RIGHT, WRONG, NO_ANSWER, FAILED = Verdict.RIGHT, Verdict.WRONG, Verdict.NO_ANSWER, Verdict.GRADER_FAILED
@@ -312,6 +312,15 @@ WRITTEN = [
         ("18", "The total is \\$18."), ("18.90", "**\\$18.90**"), ("20", "\\boxed{€20}"), ("20", "\\boxed{20£}"),
         ("5", "It is $x\\\\$ and $5$"), ("-5", "It is \u22125."), ("\\emptyset", "\\boxed{\\varnothing}"),
         ("(-\\infty, 3)", "\\boxed{(-∞, 3)}"), ("1e-5", "1e-5"), ("3 1/2", "\\boxed{3.5}"), ("-3.5", "$-3 1/2$"))),
+    *((gold, answer, RIGHT) for gold, answer in (
+        ("1e-5", "\\boxed{1E-5}"), ("1e-5", "So $1e-5$"), ("2+2e", "\\boxed{3+2e-1}"), ("\\frac{1}{17}", "\\boxed{0.058824}"),
+        ("0.000333333333", "$\\frac{1}{3000}$"), ("0.5", "That leaves \\frac{2}{4}, so 0.5"), ("-10000", "\\boxed{-10 000}"),
+        ("3, 4", "\\boxed{3} OR \\boxed{4}"), ("3, 4", "\\boxed{3} \\quad \\text{and} \\quad \\boxed{4}"),
+        ("5", "\\boxed{1} so \\boxed{2} so \\boxed{5}"), ("1, 2", "\\(y_1 = \\boxed{1}\\) and \\(y_2 = \\boxed{2}\\)"),
+        ("[1,2]", "\\boxed{[1,2].}"), ("5", "Not $4$: \\boxed {5}"), ("5", "It is $5$, so \\boxed{ }"), ("66", "\\boxed{66^°}"),
+        ("45^\\circ", "\\boxed{45}"), ("\\[\\frac{1}{2}\\]", "\\boxed{0.5}"), ("1-\\frac{1}{e}", "$1-\\frac{1}{e}$"),
+        ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\boxed{\\begin{pmatrix} 1 \\\\[1.5 ex] 2 \\end{pmatrix}}"))),
+    ("0.0000012", "$0.0000013$", WRONG), ("$2m$", "\\boxed{2}", WRONG), ("2m", "\\boxed{2} men", WRONG),
     ("\\lambda_{\\text{red}}/\\sqrt{2}", "\\boxed{\\lambda_{\\text{red}} \\sqrt{3 - 2\\sqrt{2}}}", None),
 ]  # fmt: skip
 
@@ -355,3 +364,8 @@ def test_two_stages_of_parsing_read_what_one_reads(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Reader, "parse", lambda self, text: (within(self, text), used.append(self.prediction))[0])
     assert [read(text) for text in texts] == want
     assert {PredictionMode.SLL, PredictionMode.LL} <= set(used), "both stages were needed"
+
+
+def test_math_a_comparison_that_raises_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("math_verify.verify", lambda *_, **__: 1 / 0)
+    assert _verdict("7", "$8$") == (FAILED, "8", "comparing raised ZeroDivisionError")
