@@ -69,11 +69,12 @@ def hint(asked: Namespace) -> str:
         out += _of_another(key, asked.overrides)
         group, _, rest = key.partition(".")
         files = [CONF / "config.yaml"] if not rest else sorted((CONF / group).glob("*.yaml"))
-        names = {str(name) for file in files for name in OmegaConf.load(file)} - {"defaults", "_target_", "hydra"}
+        names = {str(name) for file in files for name in OmegaConf.load(file)}
         if not rest:
             names |= {path.name for path in CONF.iterdir() if path.is_dir()}
         elif not files:
             names = set(OmegaConf.select(OmegaConf.load(CONF / "config.yaml"), group) or ())
+        names -= {"defaults", "_target_", "hydra"}
         wanted = rest.split(".")[0] if rest else group.split("@")[0]
         if names and wanted not in names:
             place = f"config group {group}" if files and rest else group if rest else "the top level"

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from torch import nn
 from transformers import BartConfig, BartForCausalLM
 
+from launchers import typed
 from ssgr.model import locate
 from tests.conftest import ROOT, TINY, Run
 
@@ -175,6 +177,41 @@ def test_a_config_that_is_not_there(run: Run) -> None:
 def test_an_option_that_a_choice_inherits_is_not_told_of_others(run: Run) -> None:
     done = run("calib=wikitext", "calib.text=a.txt", "prunr=wanda")
     assert "did you mean pruner?" in done.stderr and "is an option of" not in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (["-m", "hydra.sweep.dir=setup.cfg/s"], "choose another with hydra.sweep.dir=DIR"),
+        (["bench=3"], ", suite/smoke, svamp"),
+        (["pruner=1.5"], "type pruner=NAME"),
+        (["pruner={a:1}"], "type pruner=NAME"),
+        (["budget.tokns=3"], "budget has no tokns; did you mean tokens? Valid are held_out, max_row_tokens"),
+        (["~prunr=wanda"], "prunr: the top level has no prunr; did you mean pruner?"),
+        (["zzz~=3"], "no zzz~. Valid are"),
+        (["--help", "calib=4"], ""),
+        (["--hydra-help", "calib=4"], ""),
+        (["--shell-completion", "calib=4"], ""),
+        (["a=[b"], "top level has no a"),
+        (["-m", "~pruner", "experiment=length"], ""),
+        (["shard.x=null"], ""),
+        (["pruner@pruner.base=wanda", "pruner@a=wanda"], ""),
+        (["--config-name=config"], ""),
+        (["--config-name=config.yaml"], ""),
+        (["--config-name=foo", "--config-dir=there"], ""),
+    ],
+)
+def test_what_is_typed_is_told(line: list[str], said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "setup.cfg").touch()
+    monkeypatch.chdir(tmp_path)
+    asked = get_args_parser().parse_args(line)
+    try:
+        typed.check(asked)
+        shown = typed.hint(asked)
+    except ValueError as error:
+        shown = str(error)
+    assert said in shown if said else not shown, shown
+    assert "_target_" not in shown and "$HOME" not in shown
 
 
 def test_hydras_own_settings_are_told_by_hydra(run: Run) -> None:
