@@ -13,7 +13,10 @@ import pytest
 
 from ssgr import export, tables
 from ssgr.__main__ import main
+from ssgr.records import Outcome, Text, Verdict
+from ssgr.report.cells import find
 from tests.conftest import ROOT, Run
+from tests.sweeps import cell
 
 
 def test_a_suite_is_exported_as_the_library_writes_it(
@@ -62,6 +65,37 @@ def test_a_suite_is_exported_as_the_library_writes_it(
             assert len(row["resps"][0]) == len(row["filtered_resps"]) == 1
             assert "</think>" in row["resps"][0][0] or not row["exact_match"]
             assert (row["filtered_resps"][0] == row["target"]) == bool(row["exact_match"])
+
+
+def test_several_attempts_are_one_row_in_their_order(tmp_path: Path) -> None:
+    cell(tmp_path / "run", model="org/m", pattern="2:4", problems=2)
+    verdicts = [[Verdict.RIGHT, Verdict.GRADER_FAILED], [Verdict.RIGHT, Verdict.RIGHT]]
+    tried = [(i, k) for i in (1, 0) for k in (1, 0)]
+    for kind, write, content in (
+        (
+            "outcomes",
+            tables.write_outcomes,
+            [Outcome(f"p{i}", k, 1, verdicts[i][k], None, 9, "stop", False) for i, k in tried],
+        ),
+        ("texts", tables.write_texts, [Text(f"p{i}", k, f"q{i}", "7", f"ask q{i}", f"said {i} {k}") for i, k in tried]),
+    ):
+        write(tables.outcomes_file(tmp_path / "run", "held_out", "pruned", kind), content)  # type: ignore[operator]
+    file = tmp_path / "run" / "result.json"
+    result = json.loads(file.read_text())
+    result["config"]["bench"] |= {"decoding": {"attempts": 2, "temperature": 0.0, "max_new_tokens": 64}, "fewshot": 5}
+    file.write_text(json.dumps(result))
+    written = export.export(find([file]), tmp_path / "logs")
+    dense, pruned = (path.parent.name for path in written)
+    assert dense == "org__m" and pruned.startswith("org__m-sparsegpt-2of4-ssgr-")
+    (samples,) = written[1].parent.glob("samples_*")
+    rows = [json.loads(line) for line in samples.read_text().splitlines()]
+    assert [row["resps"] for row in rows] == [[["said 0 0", "said 0 1"]], [["said 1 0", "said 1 1"]]]
+    assert [row["exact_match"] for row in rows] == [0.5, 1.0] and rows[0]["filtered_resps"] == ["", ""]
+    assert rows[0]["doc"] == {"id": "p0", "question": "q0", "answer": "7", "level": 1} and rows[0]["target"] == "7"
+    config = json.loads(written[1].read_text())["configs"]["held_out"]
+    assert (config["repeats"], config["num_fewshot"]) == (2, 5)
+    assert config["generation_kwargs"] == rows[0]["arguments"]["gen_args_0"]["arg_1"]
+    assert config["generation_kwargs"]["do_sample"] is False and config["generation_kwargs"]["max_gen_toks"] == 64
 
 
 @pytest.mark.filterwarnings("ignore")  # of the library and of what it imports
