@@ -1,4 +1,4 @@
-"""A model that is not loaded yet, for engines and measures that load it, or read its files; its context; the day of prompts."""
+"""A model that is not loaded yet, for engines and measures that load it, or read its files; its configuration; prompts' day."""
 
 from __future__ import annotations
 
@@ -34,6 +34,14 @@ def one_day() -> Iterator[None]:
 def context_of(config: Any) -> int | None:
     """The longest text, in tokens, that a model of this configuration is made for; None where it does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def takes_another(config: Any) -> bool:
+    """Whether a model of this configuration calls torch's scaled dot-product attention, and would call another likewise.
+
+    Those that choose which tokens to attend to (DeepSeek-V3.2) mask the others for kernels that they know by name.
+    """
+    return config._attn_implementation == "sdpa" and not hasattr(config.get_text_config(), "index_topk")
 
 
 class Loadable(Protocol):

@@ -79,6 +79,10 @@ def test_a_model_attends_so_in_bfloat16_and_as_before_otherwise() -> None:
         assert model(ids_NT, attention_mask=padded_NT).logits.isfinite().all()
         half = model.bfloat16()(ids_NT).logits
     assert (half.float() - want).abs().max() < 0.05 * want.abs().max()
+    model.set_attn_implementation("sdpa")
+    model.config.index_topk = 4  # a model that chooses tokens: it would mask none of them for a kernel it does not know
+    attention.attend_causally(model)
+    assert model.config._attn_implementation == "sdpa"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

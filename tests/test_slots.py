@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )  # fmt: skip
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from ssgr.problems.arithmetic import ArithmeticProblems
 from ssgr.records import Trace
@@ -162,16 +163,48 @@ def test_models_that_slots_do_not_serve_are_decoded_in_batches(tokenizer: PreTra
     assert not slots.serves(eager)
 
 
-def test_a_model_with_a_mask_of_its_own_is_decoded_in_batches(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Doge's says of each key how much it counts, and slots would leave that out."""
-    model, rows, decoding = made("doge"), ragged(12), Decoding(1, 0, 1, 60, 0)
+LATENT: dict[str, Any] = {
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+}
+LATENT |= {"num_key_value_heads": 4, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+CHOOSING = {
+    "index_n_heads": 32,
+    "index_head_dim": 8,
+    "index_topk": 4,
+    "num_experts_per_tok": 2,
+}  # so many heads never tie
+UNLIKE: dict[str, dict[str, Any]] = {
+    "doge": {},  # says of each key how much it counts, which slots would leave out
+    "deepseek_v32": {**LATENT, **CHOOSING},  # masks the tokens that it does not choose, for kernels that it knows by name
+    "deepseek_v4": {**CHOOSING, "head_dim": 8, "q_lora_rank": 24, "o_lora_rank": 16, "n_routed_experts": 4,
+        "moe_intermediate_size": 16, "sliding_window": 6, "layer_types": ["compressed_sparse_attention"] * 2},  # blocks
+    "mbart": {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 48},  # counts positions
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", UNLIKE)
+def test_a_model_that_sees_tokens_in_its_own_way_says_what_it_says_alone(
+    kind: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {kind} yet")
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **{**SIZE, **UNLIKE[kind]})
+    model, rows, decoding = AutoModelForCausalLM.from_config(config).eval(), ragged(12), Decoding(1, 0, 1, 60, 0)
     for param in model.parameters():
-        param.data += 0.3 * torch.randn_like(param)
+        if param.is_floating_point():
+            param.data += 0.3 * torch.randn_like(param)
     got = [t for some in HfSampler(5).sample(Loaded(model), tokenizer, rows, decoding) for t in some]
     for trace in got:
         ids, first = [*trace.prompt_ids, *trace.generated_ids], len(trace.prompt_ids)
         with torch.inference_mode():
-            assert model(torch.tensor([ids])).logits[0, first - 1 : -1].argmax(-1).tolist() == ids[first:]
+            assert (
+                model(torch.tensor([ids]), use_cache=False).logits[0, first - 1 : -1].argmax(-1).tolist() == ids[first:]
+            )
     assert len(got) == len(rows)
 
 
@@ -224,7 +257,7 @@ def test_the_cache_is_named_as_the_model_names_it() -> None:
     assert [cache_argument(model) for model in models] == ["cache", "past_key_values", ""]
 
 
-@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma", "minimax"])
 def test_a_model_that_keeps_its_state_elsewhere_is_refused(kind: str, tokenizer: PreTrainedTokenizerBase) -> None:
     config = AutoConfig.for_model(kind, **SIZE, state_size=4, lru_width=32, head_dim=8)
     model = AutoModelForCausalLM.from_config(config).eval()

@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ssgr.loadable import takes_another
 from ssgr.products import bfloat16_products
 
 _NAME = "ssgr_causal"
@@ -25,7 +26,7 @@ _BLOCK = 128  # queries at a time: their scores stay in the cache
 
 def attend_causally(model: PreTrainedModel) -> None:
     """Let `model` attend this way where it would call torch's scaled dot-product attention; other kinds stay."""
-    if model.config._attn_implementation == "sdpa":
+    if takes_another(model.config):
         model.set_attn_implementation(_NAME)
 
 

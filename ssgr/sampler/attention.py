@@ -14,6 +14,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from ssgr.loadable import takes_another
+
 _NAME = "ssgr_grouped"
 
 
@@ -49,7 +51,7 @@ AttentionMaskInterface.register(_NAME, sdpa_mask)
 def grouped_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let `model` attend this way where it would call torch's scaled dot-product attention; other kinds stay."""
     before = model.config._attn_implementation
-    if before == "sdpa":
+    if takes_another(model.config):
         model.set_attn_implementation(_NAME)
     try:
         yield

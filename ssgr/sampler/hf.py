@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import ClassVar
+from inspect import signature
+from itertools import groupby
+from typing import Any, ClassVar
 
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -73,7 +75,8 @@ def _see_kept(model: PreTrainedModel) -> None:
     kinds = {type(layer) for layer in DynamicCache(config=model.config).layers}
     attends = any(issubclass(kind, DynamicLayer) for kind in kinds)
     elsewhere = not attends or (model._is_stateful and kinds <= {DynamicLayer, DynamicSlidingWindowLayer})
-    if elsewhere or not cache_argument(model):
+    own: Any = model  # MiniMax has a cache of its own kind
+    if elsewhere or not own._supports_default_dynamic_cache() or not cache_argument(model):
         raise ValueError(
             f"{type(model).__name__} keeps its state elsewhere than in keys and values, and sampler=hf cannot sample "
             "from it; type calib=corpus bench=perplexity, which need no traces"
@@ -103,7 +106,18 @@ def _decode(
         with suppress(slots.OwnMask):
             yield from slots.decode(model, requests, decoding, stop, size)
             return
-    for start in range(0, len(requests), size):
-        with grouped_attention(model):
-            traces = batch.decode(model, requests[start : start + size], decoding, stop)
-        yield traces
+    pads = _pads(model)
+    for _, group in groupby(requests, lambda r: None if pads else len(r.prompt_ids) + len(r.begun)):
+        rows = list(group)
+        for start in range(0, len(rows), size):
+            with grouped_attention(model):
+                traces = batch.decode(model, rows[start : start + size], decoding, stop)
+            yield traces
+
+
+def _pads(model: PreTrainedModel) -> bool:
+    """Whether `model` tells padding before a row from the row: it is told positions (decoders of BART count all tokens), and its
+    cache has no layers of its own (those of DeepSeek-V4 and MiniMax-M3 cut what they hold into blocks, padding and all)."""
+    layers = DynamicCache(config=model.config).layers
+    plain = all(type(layer).__module__ == DynamicLayer.__module__ for layer in layers)
+    return plain and "position_ids" in signature(model.forward).parameters

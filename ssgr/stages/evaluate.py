@@ -21,7 +21,7 @@ from ssgr.sampler import Decoding, Sampler
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase  # by name only: its import takes seconds
 
-VERSION = 9
+VERSION = 10
 OUTCOMES, TEXTS, SCORE = "outcomes.parquet", "texts.parquet", "score.json"
 
 _PERIOD, _REPEATS, _LOOP_TOKENS = 128, 4, 32  # a loop: the last 4 periods (32 tokens or more) are the same

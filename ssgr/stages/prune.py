@@ -47,7 +47,7 @@ from ssgr.stages.steps import Owners, repeated, steps
 from ssgr.stages.walk import Behind, Walk
 from ssgr.store import peak_rss_mib
 
-VERSION = 8
+VERSION = 9
 _log = logging.getLogger("ssgr")
 
 

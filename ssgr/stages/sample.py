@@ -23,7 +23,7 @@ from ssgr.stages import heap
 from ssgr.tables import read_traces, write_traces
 
 _log = logging.getLogger("ssgr")
-VERSION = 5
+VERSION = 6
 TRACES, SPENT = "traces.parquet", "spent.json"
 # Where memory ended:
 _REMEDY = "type a smaller model.batch_size, or sampler.engine.batch_size or bench.engine.batch_size where you gave that"

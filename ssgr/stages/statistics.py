@@ -30,7 +30,7 @@ from ssgr.stages.plan import REMEDY, Memory, inputs, plan
 from ssgr.stages.ranks import Ranks, run
 from ssgr.stages.walk import Walk
 
-VERSION = 1
+VERSION = 2
 
 _STRIP = 1024  # rows of a Gram matrix in one tensor
 _BETWEEN = "|"  # owner, stream, part
