@@ -91,8 +91,8 @@ def sample_shard(experiment: Experiment, store: Store) -> tuple[dict[str, str], 
     Raises:
         ValueError: a setting cannot work; the message says which and what to type next.
     """
-    x = dataclasses.replace(experiment, model=gguf.stored(experiment.model, store)[0])
-    flow, traces = Flow(x, store), 0
+    flow, traces = _opened(experiment, store), 0
+    x = flow.x
     if x.calib.needs == "traces":
         _, read = flow.sampled("sample", x.problems, "calibration", x.sampler, x.decoding, None)
         traces += len(read) * x.decoding.attempts
