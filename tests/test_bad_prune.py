@@ -19,7 +19,7 @@ from ssgr.allocation.owl import OWL
 from ssgr.allocation.uniform import Uniform
 from ssgr.model import Model
 from ssgr.model.blocks import Matrix, decoder_blocks, weightless
-from ssgr.pipeline import _see_vocabulary
+from ssgr.pipeline import _see_vocabulary, sample_shard
 from ssgr.pruner import Pruner
 from ssgr.pruner.alps import ALPS
 from ssgr.pruner.magnitude import Magnitude
@@ -104,6 +104,41 @@ def test_encoders_are_refused(kind: str, tmp_path: Path) -> None:
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"encoder and a decoder \(bart\); use a decoder-only model"):
         Model("m", str(tmp_path), device="cpu").skeleton()
+
+
+def test_a_part_of_the_sampling_is_refused_what_the_whole_is(tmp_path: Path) -> None:
+    """An encoder, before a token is sampled from it."""
+    size = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta", **size)).save_pretrained(tmp_path)
+    experiment: Any = SimpleNamespace(
+        model=Model("m", str(tmp_path), device="cpu"), pruner=Wanda(), sparsity=HALF, collects="none", shard="1/2"
+    )
+    with pytest.raises(ValueError, match="RobertaForCausalLM is an encoder"):
+        sample_shard(experiment, SimpleNamespace(root=tmp_path))  # type: ignore[arg-type]
+
+
+def test_layers_that_only_the_weights_have_are_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As where num_hidden_layers was edited; not those of other parts, nor what transformers passes over on purpose."""
+    model = saved(tmp_path)
+    file, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    more = {"mtp.layers.9.weight": torch.ones(2), "model.layers.0.attn.bias": torch.ones(2)}
+    save_file(load_file(file) | more, file, {"format": "pt"})
+    told = lambda: [record.getMessage() for record in caplog.records if record.name == "ssgr"]
+    model.load()
+    assert not told()
+    edited = json.loads(config.read_text())
+    depth = edited["num_hidden_layers"]
+    config.write_text(json.dumps(edited | {"num_hidden_layers": depth - 1, "layer_types": edited["layer_types"][:-1]}))
+    model.again().load()
+    model.again().load()
+    (said,) = told()
+    assert f"its weights hold model.layers.{depth - 1}, and its config.json has no such layers" in said
 
 
 def test_a_tokenizer_of_a_larger_model_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:

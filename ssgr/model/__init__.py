@@ -7,7 +7,7 @@ import importlib.util
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, lru_cache, partial
@@ -179,6 +179,11 @@ class Model:
                 f"model.path={self.path}: {name} is {list(stored)} in the checkpoint, and its config.json asks for {list(made)}: "
                 "they are of two models; put the model's own config.json beside its weights"
             )
+        if left := _layers_left(model, found["unexpected_keys"]):
+            _warn_once(
+                f"model.path={self.path}: its weights hold {', '.join(left)}, and its config.json has no such layers: they do "
+                "not run; if they should, put the model's own config.json beside them"
+            )
         for name, weight in model.named_parameters():
             if not finite(weight):
                 raise ValueError(
@@ -292,6 +297,21 @@ def _decoder(config: Any) -> Any:
             "unquantised checkpoint, or, if its weights are plain after all, remove quantization_config from config.json"
         )
     return config
+
+
+def _layers_left(model: PreTrainedModel, unexpected: Iterable[str]) -> list[str]:
+    """The layers that come after those of `model` in its lists, and are only in its checkpoint."""
+    own, stored = (
+        {found[0] for name in names if (found := re.match(r".*?\.\d+(?=\.)", name))}
+        for names in (model.state_dict(), unexpected)
+    )
+    lists = {name.rpartition(".")[0] for name in own}
+    return sorted(name for name in stored - own if name.rpartition(".")[0] in lists)
+
+
+@cache  # a run loads its model several times
+def _warn_once(said: str) -> None:
+    _log.warning(said)
 
 
 def _attend_exactly(model: PreTrainedModel) -> None:
