@@ -115,11 +115,12 @@ class Checkpoint:
         """The tensor `name`, in memory of its own and in its own dtype.
 
         Raises:
-            ValueError: it is not of a floating-point dtype (a quantised checkpoint), holds NaN or infinity, or is no longer
+            ValueError: it is of a dtype that weights have where they are quantised, holds NaN or infinity, or is no longer
                 there.
         """
         place = self.places[name]
-        if place.dtype not in DTYPES:
+        whole = {"I64": torch.int64}  # a table, such as DeepSeek-V4's from tokens to experts
+        if (dtype := (DTYPES | whole).get(place.dtype)) is None:
             raise ValueError(
                 f"{self.directory}: {name} has dtype {place.dtype}; quantised weights cannot be pruned: take the "
                 f"unquantised checkpoint ({', '.join(DTYPES)})"
@@ -128,7 +129,7 @@ class Checkpoint:
         with self.open(place) as stream:
             if stream.readinto(content) != len(content):
                 raise self.cut(place)
-        tensor = torch.frombuffer(content, dtype=DTYPES[place.dtype]).view(place.shape)
+        tensor = torch.frombuffer(content, dtype=dtype).view(place.shape)
         if not finite(tensor):
             raise ValueError(
                 f"{self.directory}: {name} holds NaN or infinity; the checkpoint is damaged, use another copy"

@@ -48,10 +48,11 @@ class Passage:
 class Batch:
     """Rows of like length: what enters the next block, its streams of tokens, and what else each block is given."""
 
-    hidden_NTD: Tensor  # on the host; some models have several such states, one below the other
+    hidden_NTD: Tensor  # on the host; some models have several such states, one below the other or side by side
     streams: dict[str, Stream]
     given: list[dict[str, Any]]  # masks, positions
     form: Callable[[Tensor], Any]  # what a block puts out, of hidden states
+    tokens: int  # of the rows with their padding
 
     def through(self, block: nn.Module, i: int, device: torch.device) -> Tensor:
         """The output of block `i` for these rows."""
@@ -59,11 +60,6 @@ class Batch:
         out = block(self.hidden_NTD.to(device, non_blocking=True), **_moved(given, device))
         hidden: Tensor = out[0] if isinstance(out, (tuple, list)) else out
         return hidden
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of the rows with their padding."""
-        return self.hidden_NTD.shape[-3] * self.hidden_NTD.shape[-2]
 
 
 def passages(calibration: CalibrationSet, scope: Scope | None) -> list[Passage]:
@@ -167,7 +163,7 @@ def first_inputs(
             longest = longest or given
             given = [_part(value, whole, parts) for value, whole in zip(given, longest, strict=True)]
             streams = _streams([rows[n] for n in group], width, device)
-            batches[i] = Batch(own.view_as(hidden_NTD), streams, given, form[0])
+            batches[i] = Batch(own.view_as(hidden_NTD), streams, given, form[0], ids_NT.numel())
     return [batches[i] for i in range(len(members))]
 
 
