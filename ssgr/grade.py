@@ -130,8 +130,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             MathVerify(*limits) if args.grader == "math" else Exact() if args.grader == "exact" else Choice()
         )
         counts = grade(grader, thinking, read(args.input), args.output, args.require_end_think)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         sys.exit(f"grade: {error}")
+    except OSError as error:  # one of a write to an open file names none
+        sys.exit(f"grade: {error if error.filename else f'{args.output} cannot be written ({error.strerror})'}")
     print(f"{sum(counts.values())} answers: " + ", ".join(f"{n} {verdict}" for verdict, n in counts.most_common()))
     print(f"verdicts: {args.output}")
 

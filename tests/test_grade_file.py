@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from ssgr.grade import main
 from ssgr.grader.choice import Choice, letter
 from ssgr.records import Verdict
 
@@ -75,6 +78,17 @@ def test_a_missing_file_and_a_missing_folder(tmp_path: Path) -> None:
     assert done.returncode == 1 and "is the file that is graded, and would be lost" in done.stderr
     assert '"pred"' in (tmp_path / "in.jsonl").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "in.jsonl"]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as of what was opened before
+
+    (tmp_path / "in.jsonl").write_text('{"id": 1, "gold": "2", "pred": "2"}')
+    monkeypatch.setattr("ssgr.grade._line", full)
+    with pytest.raises(SystemExit, match=r"^grade: .*out\.jsonl cannot be written \(No space left on device\)$"):
+        main(["--grader", "exact", str(tmp_path / "in.jsonl"), str(tmp_path / "out.jsonl")])
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
 def test_what_lies_beside_the_result_stays(tmp_path: Path) -> None:
