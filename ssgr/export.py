@@ -20,6 +20,7 @@ import numpy as np
 
 from ssgr import tables
 from ssgr.errors import unless_closed
+from ssgr.files import write_bytes
 from ssgr.records import PERPLEXITY, Verdict, shown
 from ssgr.report.cells import Cell, find, values
 
@@ -69,7 +70,7 @@ def _export_model(path: Path, cells: Sequence[Cell], which: str, out: Path) -> P
                 "".join(r["doc_hash"] + r["prompt_hash"] + r["target_hash"] for r in rows)
             )
             lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / f"samples_{bench}_{stamp}.jsonl").write_text(lines, encoding="utf-8")
+            write_bytes(folder / f"samples_{bench}_{stamp}.jsonl", lines.encode())
         result |= {
             "group_subtasks": {},
             "config": {"model": "ssgr", "model_args": name, "batch_size": None, "device": None, "limit": None},
@@ -82,7 +83,7 @@ def _export_model(path: Path, cells: Sequence[Cell], which: str, out: Path) -> P
             "model_name_sanitized": _sanitised(name),
         }
         file = folder / f"results_{stamp}.json"
-        file.write_text(json.dumps(result, indent=2, ensure_ascii=False), encoding="utf-8")
+        write_bytes(file, json.dumps(result, indent=2, ensure_ascii=False).encode())
     except OSError as error_:
         raise ValueError(f"--out {out}: {folder} cannot be written ({error_.strerror})") from error_
     return file

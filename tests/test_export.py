@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,7 +17,7 @@ from ssgr.__main__ import main
 from ssgr.records import Outcome, Text, Verdict
 from ssgr.report.cells import find
 from tests.conftest import ROOT, Run
-from tests.sweeps import cell
+from tests.sweeps import cell, sweep
 
 
 def test_a_suite_is_exported_as_the_library_writes_it(
@@ -118,6 +119,17 @@ def test_a_row_has_the_fields_of_the_library(sums: Path) -> None:
         if name not in ("target", "acc", "arguments", "filtered_resps")
     }
     assert {name: type(ours[name]) for name in kinds} == kinds
+
+
+def test_a_full_disk_leaves_no_part_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    cells = find([sweep(tmp_path / "sweep", [{}])])
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match=r"--out .* cannot be written .No space left on device"):
+        export.export(cells, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
 def test_a_store_that_is_gone_is_named(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
