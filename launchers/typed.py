@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 CONF = Path(__file__).parent.parent / "conf"
+_ROOM = 1 << 16  # bytes: the copies of the config that Hydra writes before anything is run
 
 
 def check(asked: Namespace) -> None:
@@ -49,8 +50,8 @@ def check(asked: Namespace) -> None:
             raise ValueError(f"{option}={value}: type $HOME in place of ~, which Hydra takes for the name of a folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
+            with tempfile.TemporaryFile(dir=folder) as probe:
+                probe.write(bytes(_ROOM))
         except OSError as error:
             raise ValueError(
                 f"the output folder {folder} cannot be written ({error.strerror}): choose another with {option}=DIR"

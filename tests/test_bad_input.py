@@ -15,7 +15,7 @@ from transformers import BartConfig, BartForCausalLM
 
 from launchers import typed
 from ssgr.model import locate
-from tests.conftest import ROOT, TINY, Run
+from tests.conftest import ROOT, TINY, Run, tmpfs
 
 CASES = {
     "group choice": (["pruner=wnda"], ["pruner", "magnitude", "sparsegpt", "wanda"]),
@@ -130,6 +130,14 @@ def test_an_unwritable_output_folder(run: Run, tmp_path: Path) -> None:
     told(
         run, [f"hydra.run.dir={tmp_path / 'file' / 'run'}"], ["output folder", "cannot be written", "hydra.run.dir=DIR"]
     )
+
+
+def test_an_output_folder_on_a_full_disk(tmp_path: Path) -> None:
+    """An empty file has room on it, and what Hydra writes has none."""
+    with tmpfs(tmp_path / "disk", 16):
+        asked = get_args_parser().parse_args([f"hydra.run.dir={tmp_path / 'disk' / 'run'}"])
+        with pytest.raises(ValueError, match=r"output folder .* cannot be written .No space left .*hydra.run.dir=DIR"):
+            typed.check(asked)
 
 
 def test_an_output_folder_at_home(run: Run, tmp_path: Path) -> None:
