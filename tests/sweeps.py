@@ -74,6 +74,7 @@ def cell(
         "stages": {
             "sample": {"seconds": 40.0, "cached": draw > 0, "peak_rss_mib": 900.0},
             "prune": {"seconds": 3.5, "cached": False, "peak_rss_mib": 950.0},
+            "evaluate_pruned": {"seconds": 0.5, "cached": True, "peak_rss_mib": 500.0},
         },
         "calibration": {"source": calib, "tokens": {"asked": budget}, "funnel": [["graded", 96], ["right", 60], ["drawn", 9]]},
         "prune": {

@@ -202,7 +202,7 @@ def stages(cells: Sequence[Cell]) -> Figure | Absent:
         )
     by: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for (name, _), (seconds, cached, mib) in made.items():
-        what = "read from the store, made earlier" if cached else "made here"
+        what = "read from the store" if cached else "made here"
         by.setdefault((name.partition(".")[0], what), []).append((seconds, mib))
     rows = [
         {"stage": stage, "what": what, "stages": len(own), "seconds": float(f"{sum(s for s, _ in own):.4g}"),
