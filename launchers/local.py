@@ -20,6 +20,7 @@ from ssgr.store import SMALL, Store
 from ssgr.sweep import Sweep
 
 _POLL = 0.2  # seconds
+_ENDED = "its process ended without a result, as one that was killed does; the same command goes on where it was"
 
 
 def run(sweep: Sweep, store: Store, settings: Settings, cpus: int | None, timeout_min: int) -> None:
@@ -94,10 +95,8 @@ def _lost(records: Records, sweep: Sweep, store: Store, task: Task, job: submiti
     stage = left[0] if left else stages[-1]
     failure = records.failure(stage.folder, stage.key)
     if failure is None:
-        records.fail(
-            stage.folder, stage.key, f"its process ended without a result (state {job.state})", str(job.paths.stderr)
-        )
-    said = failure.error if failure else "its process ended without a result"
+        records.fail(stage.folder, stage.key, _ENDED, str(job.paths.stderr))
+    said = failure.error if failure else _ENDED
     print(f"[ERROR] {stage.name} of {sweep.label(task.cell)}: {said} (log: {job.paths.stderr})", file=sys.stderr)
     return [one.key for one in left]
 
