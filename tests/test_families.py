@@ -134,6 +134,10 @@ ODD = {
         "head_dim": 8, "num_kv_shared_layers": 2, "num_hidden_layers": 4, "sliding_window": 6, "altup_num_inputs": 2,
         "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
         "vocab_size_per_layer_input": 64, "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0]}),
+    "gemma4": Family("gemma4_text", {  # the same of E2B and E4B, whose states are cut, by nothing, before those without keys
+        "head_dim": 8, "global_head_dim": 16, "num_kv_shared_layers": 2, "num_hidden_layers": 4, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": 64}),
     "bamba": Family("bamba", {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1,
         "attn_layer_indices": [1]}, ("conv1d.weight",)),  # blocks return pairs
     "openai-gpt": Family("openai-gpt", blocks="transformer.h"),  # blocks return lists
@@ -344,7 +348,7 @@ def see_counts(result: PruneResult, model: PreTrainedModel) -> None:
     assert result.sparsity_model == pytest.approx(zeros / (whole - embedded))
 
 
-LAYERWISE = ["gemma2", "phi3", "gpt2", "bloom", "gpt_neox", "qwen3_moe"]  # blocks that look different
+LAYERWISE = ["gemma2", "phi3", "gpt2", "bloom", "gpt_neox", "qwen3_moe", "gemma4"]  # blocks that look different
 MORE = [(name, how) for name in ONE for how in ("wanda 2:4", "sparsegpt 2:4", "ria", "alps")] + [
     ("mixtral", "sparsegpt 2:4")
 ]
