@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,9 +37,9 @@ def rows(cells: Sequence[Cell]) -> Rows:
             seen.add(key)
             names = {f: cell.fields[f] if f.startswith(_DENSE) else "" for f in shown}
             out.append({**names, "calib": "dense", "pruner": "", **_score(dense), "difference to dense": "",
-                        "sparsity realised": "0 %", "seconds": f"{dense['seconds']:.0f}"})  # fmt: skip
+                        "sparsity realised": "0 %", "seconds": _seconds(cell, "dense")})  # fmt: skip
     for cell in cells:
-        found, stages, share = cell.score, cell.result.get("stages"), cell.result["prune"].get("sparsity_realised")
+        found, share = cell.score, cell.result["prune"].get("sparsity_realised")
         out.append(
             {
                 **{f: cell.fields[f] for f in shown},
@@ -48,7 +48,7 @@ def rows(cells: Sequence[Cell]) -> Rows:
                 + _unit(cell.metric)
                 + (UNSURE if holds_zero(found["ci95"]) else ""),
                 "sparsity realised": "" if share is None else f"{100 * share:.1f} %",
-                "seconds": "" if stages is None else f"{_seconds(stages):.0f}",
+                "seconds": _seconds(cell, "pruned"),
             }
         )
     return _filled(out)
@@ -68,9 +68,18 @@ def _filled(content: Rows) -> Rows:
     return [{name: row.get(name, "") for name in columns} for row in content]
 
 
-def _seconds(stages: Mapping[str, Any]) -> float:
-    """What the stages took that were made for this cell."""
-    return float(sum(stage["seconds"] for stage in stages.values() if not stage.get("cached")))
+def _seconds(cell: Cell, which: str) -> str:
+    """What the stages took when they were made, whoever made them: those of the dense model's score, or those of the cell."""
+    stages = cell.result.get("stages")
+    if stages is None:
+        return ""
+    end = f"_{which}.{cell.fields['bench']}"  # others with a dot are of another benchmark or of the other model
+    own = (
+        stage["seconds"]
+        for name, stage in stages.items()
+        if name.endswith(end) or ("." not in name and which == "pruned")
+    )
+    return f"{sum(own):.0f}"
 
 
 def _unit(metric: str) -> str:
