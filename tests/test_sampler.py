@@ -138,6 +138,18 @@ def test_stop_and_length_finish_reasons(tokenizer: PreTrainedTokenizerBase) -> N
     assert all(a.generated_ids[:4] == b.generated_ids for a, b in zip(whole, cut, strict=True))
 
 
+def test_what_a_row_would_draw_beyond_its_cap_is_not_looked_at() -> None:
+    """It stays in the batch until a tenth of all rows has ended, and here goes on to a token that would stop it."""
+    model, greedy = random_model(), Decoding(1, 0.0, 1.0, 10, 0)
+    alone = decode(model, [Request("a", 0, (5, 9))], replace(greedy, max_new_tokens=11), frozenset())[0].generated_ids
+    stop = frozenset(alone[10:]) - {*alone[:10]}
+    assert stop, "a token that it has not drawn before"
+    rows = [Request(f"{n}", 0, (n,)) for n in range(10, 60)]
+    first, *others = decode(model, [Request("a", 0, (5, 9), begun=alone[:9]), *rows], greedy, stop)
+    assert (first.generated_ids, first.finish) == (alone[:10], "length")
+    assert sum(len(trace.generated_ids) > 1 for trace in others) > 46, "the batch goes on as it is"
+
+
 def test_a_prompt_beyond_the_context_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
     rows = [Request("long", 0, tuple(range(100)))]
     with pytest.raises(ValueError, match=r"1 of 1 prompts.*of 128 tokens.*long with 100; type max_new_tokens=28"):
