@@ -329,6 +329,7 @@ def test_a_job_loads_nothing_that_transformers_wants_for_other_models() -> None:
     subprocess.run([sys.executable, "-c", "; ".join(look)], cwd=ROOT, check=True)
 
 
+@pytest.mark.slow
 def test_transformers_that_will_not_load_without_them_is_loaded_whole() -> None:
     look = (
         "from transformers.utils import is_sklearn_available; assert is_sklearn_available()",  # it remembers that it is there

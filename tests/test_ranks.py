@@ -147,7 +147,12 @@ def test_any_number_of_ranks_makes_the_same_bytes(tmp_path: Path, monkeypatch: p
     [
         ("full", OSError, r"^\[Errno 28\] No space left on device: 'a/file'$"),
         ("killed", ValueError, "^memory.ranks=2: rank 1 was ended by SIGKILL, .* type a smaller memory.ranks, "),
-        ("any other", RuntimeError, "(?s)^Traceback.*last_fails.*ZeroDivisionError: any other"),
+        pytest.param(
+            "any other",
+            RuntimeError,
+            "(?s)^Traceback.*last_fails.*ZeroDivisionError: any other",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_an_error_in_one_rank_ends_all(
