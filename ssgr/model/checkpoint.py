@@ -22,6 +22,7 @@ from ssgr.products import finite
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TABLES = {"I64": torch.int64}  # of whole numbers, such as DeepSeek-V4's from tokens to experts; no weights
 BESIDE = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")  # what a checkpoint needs beside its weights
 TEMPLATES = "additional_chat_templates/*.jinja"  # where there are several
 LEGAL = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")  # how the files begin that must go wherever the weights go
@@ -119,8 +120,7 @@ class Checkpoint:
                 there.
         """
         place = self.places[name]
-        whole = {"I64": torch.int64}  # a table, such as DeepSeek-V4's from tokens to experts
-        if (dtype := (DTYPES | whole).get(place.dtype)) is None:
+        if (dtype := (DTYPES | _TABLES).get(place.dtype)) is None:
             raise ValueError(
                 f"{self.directory}: {name} has dtype {place.dtype}; quantised weights cannot be pruned: take the "
                 f"unquantised checkpoint ({', '.join(DTYPES)})"
